@@ -6,14 +6,16 @@ Docs: https://mixbook.github.io/mixbook/decoder.html.md"""
 
 # %% auto #0
 __all__ = ['Shape', 'ProxyConfig', 'count_params', 'flops_per_token', 'rms_norm', 'rotate', 'Linear', 'Attention', 'SwiGLU',
-           'Block', 'Decoder', 'token_losses', 'gradients']
+           'Block', 'Decoder', 'token_losses', 'AutogradStep', 'HandStep', 'gradients']
 
 # %% ../nbs/02b_decoder.ipynb #b42ab512
 import dataclasses, math
+from types import SimpleNamespace as Namespace
 from typing import NamedTuple
 import torch
 from torch import nn
 import torch.nn.functional as F
+from fastcore.basics import patch
 from .core import DataError, Record, one_of
 from .stream import _key
 
@@ -233,11 +235,11 @@ def token_losses(
     return F.cross_entropy(logits.flatten(0, -2), windows[..., 1:].flatten(), reduction="none").view(windows[..., 1:].shape)
 
 # %% ../nbs/02b_decoder.ipynb #1ce75428
-class gradients:
-    "Losses and gradients of a decoder by autograd: called with windows (models, batch, time + 1), fills `.grad` and returns a loss per model."
+class AutogradStep:
+    "Losses and gradients of any decoder by autograd: called with windows (models, batch, time + 1), fills `.grad` and returns a loss per model."
     def __init__(self,
-        model:nn.Module, # Decoder
-        batch:int, # Windows per model
+        model:nn.Module, # Decoder, its matrices replaced or not
+        batch:int, # Windows per model and step
         seq_len:int, # Tokens predicted per window
     ): self.model = model
     def _windows(self, w): return w if self.model.models is not None else w[0]
@@ -250,3 +252,155 @@ class gradients:
         loss = token_losses(self.model, self._windows(windows)).reshape(len(windows), -1).mean(1)
         loss.sum().backward()
         return loss.detach()
+
+# %% ../nbs/02b_decoder.ipynb #e14d04db
+def _norm(x, n, r, eps=1e-6):
+    "Write normalised `x` to `n` and the factor to `r`."
+    torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=r)
+    r.square_().mul_(1/x.shape[-1]).add_(eps).rsqrt_()
+    return torch.mul(x, r, out=n)
+
+def _norm_back(dn, n, r, tmp, dx):
+    "Add to `dx` the gradient through normalisation of `dn`, which is used up."
+    mean = torch.mul(dn, n, out=tmp).sum(-1, keepdim=True).mul_(-1/dn.shape[-1])
+    return dx.addcmul_(dn.addcmul_(n, mean), r)
+
+# %% ../nbs/02b_decoder.ipynb #eff3e620
+def _rotary_table(s, seq_len, dtype, device):
+    "Complex (time, qkv/2) factors of a joined row of queries, keys and values."
+    a = _angles(seq_len, s.head_dim, device)
+    turn = torch.polar(torch.ones_like(a), a)
+    parts = [turn*s.head_dim**-.5]*s.heads + [turn]*s.kv_heads + [torch.ones_like(turn)]*s.kv_heads
+    return torch.cat(parts, 1).to({torch.float32: torch.complex64, torch.float64: torch.complex128}[dtype]).contiguous()
+
+def _complex(x): return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+# %% ../nbs/02b_decoder.ipynb #632e0217
+def _heads(rows, s, batch, n, at=0):
+    "View of `n` heads from column `at` of (models, batch*time, columns) as (models, batch, kv_heads, group, time, head_dim)."
+    M, R, C = rows.shape
+    x = rows.view(M*batch, R//batch, C)[..., at:at + n*s.head_dim]
+    return x.unflatten(-1, (s.kv_heads, n//s.kv_heads, s.head_dim)).permute(0, 2, 3, 1, 4)
+
+def _attend(b, w, s, batch):
+    "Forward: normalised input `b.n1` to heads `b.o`, keeping `b.q, b.k, b.v, b.P`."
+    torch.bmm(b.n1, w.qkv.mT, out=b.rot)
+    z = _complex(b.rot.view(-1, b.table.shape[0], s.qkv))
+    torch.mul(z, b.table, out=z)
+    for to, n, at in ((b.q, s.heads, 0), (b.k, s.kv_heads, s.width), (b.v, s.kv_heads, s.width + s.kv_heads*s.head_dim)):
+        to.view(-1, s.kv_heads, n//s.kv_heads, b.table.shape[0], s.head_dim).copy_(_heads(b.rot, s, batch, n, at))
+    torch.bmm(b.q, b.k.mT, out=b.P)
+    torch.softmax(b.P.add_(b.mask), -1, out=b.P)
+    torch.bmm(b.P, b.v, out=b.t.q)
+    _heads(b.o, s, batch, s.heads).copy_(b.t.q.view(-1, s.kv_heads, s.heads//s.kv_heads, b.table.shape[0], s.head_dim))
+
+# %% ../nbs/02b_decoder.ipynb #c10b8e28
+def _attend_back(do, b, w, g, s, batch):
+    "Backward: gradient `do` of heads to gradients `g.qkv` of the matrix and `b.t.n` of the normalised input."
+    t, T = b.t, b.table.shape[0]
+    t.q.view(-1, s.kv_heads, s.heads//s.kv_heads, T, s.head_dim).copy_(_heads(do, s, batch, s.heads))
+    torch.bmm(b.P.mT, t.q, out=t.v)
+    torch.bmm(t.q, b.v.mT, out=t.P)
+    torch.ops.aten._softmax_backward_data.out(t.P, b.P, -1, t.P.dtype, grad_input=t.P)
+    torch.bmm(t.P.mT, b.q, out=t.k)
+    torch.bmm(t.P, b.k, out=t.q)
+    for of, n, at in ((t.q, s.heads, 0), (t.k, s.kv_heads, s.width), (t.v, s.kv_heads, s.width + s.kv_heads*s.head_dim)):
+        _heads(t.rot, s, batch, n, at).copy_(of.view(-1, s.kv_heads, n//s.kv_heads, T, s.head_dim))
+    z = _complex(t.rot.view(-1, T, s.qkv))
+    torch.mul(z, b.turn_back, out=z)
+    torch.bmm(t.rot.mT, b.n1, out=g.qkv)
+    torch.bmm(t.rot, w.qkv, out=t.n)
+
+# %% ../nbs/02b_decoder.ipynb #70e5e3ea
+def _block(x, b, w, s, batch):
+    "Forward: add a block to the stream `x` in place, keeping what the gradient needs in `b`."
+    _norm(x, b.n1, b.r1)
+    _attend(b, w, s, batch)
+    x.baddbmm_(b.o, w.out.mT)
+    torch.bmm(_norm(x, b.n2, b.r2), w.up.mT, out=b.gu)
+    gate, value = b.gu.chunk(2, -1)
+    torch.mul(torch.ops.aten.silu.out(gate, out=b.silu), value, out=b.a)
+    x.baddbmm_(b.a, w.down.mT)
+
+def _block_back(dx, b, w, g, s, batch):
+    "Backward: gradients of the matrices to `g`, gradient of the stream `dx` in place."
+    t, (gate, value) = b.t, b.gu.chunk(2, -1)
+    torch.bmm(dx.mT, b.a, out=g.down)
+    da, (dgate, dvalue) = torch.bmm(dx, w.down, out=t.a), t.gu.chunk(2, -1)
+    torch.mul(da, b.silu, out=dvalue)
+    torch.ops.aten.silu_backward.grad_input(da.mul_(value), gate, grad_input=dgate)
+    torch.bmm(t.gu.mT, b.n2, out=g.up)
+    _norm_back(torch.bmm(t.gu, w.up, out=t.n), b.n2, b.r2, t.m, dx)
+    torch.bmm(dx.mT, b.o, out=g.out)
+    _attend_back(torch.bmm(dx, w.out, out=t.n), b, w, g, s, batch)
+    _norm_back(t.n, b.n1, b.r1, t.m, dx)
+
+# %% ../nbs/02b_decoder.ipynb #e5ba3067
+class HandStep:
+    "Losses and gradients of a plain `Decoder`, one or stacked, without autograd; the same numbers as `AutogradStep`. Memory is taken once."
+    def __init__(self,
+        model:Decoder, # Decoder whose gradients exist (see `flatten`)
+        batch:int, # Windows per model and step
+        seq_len:int, # Tokens predicted per window
+    ):
+        s, M, R, ref = model.config.shape, model.models or 1, batch*seq_len, model.embed.weight
+        new = lambda *n: torch.empty(n, dtype=ref.dtype, device=ref.device)
+        get = lambda lin: tuple(o if o.dim() == 3 else o[None] for o in (lin.weight.data, lin.weight.grad))
+        N, T, d, KV = M*batch*s.kv_heads, seq_len, s.width, s.kv_heads*s.head_dim
+        shared = dict(table=_rotary_table(s, T, ref.dtype, ref.device), mask=torch.full((T, T), -math.inf, dtype=ref.dtype, device=ref.device).triu_(1).repeat(s.heads//s.kv_heads, 1))
+        shared["turn_back"] = shared["table"].conj().resolve_conj().clone()
+        heads = lambda: dict(q=new(N, s.heads//s.kv_heads*T, s.head_dim), k=new(N, T, s.head_dim), v=new(N, T, s.head_dim), P=new(N, s.heads//s.kv_heads*T, T))
+        t = Namespace(**heads(), rot=new(M, R, s.qkv), n=new(M, R, d), m=new(M, R, d), a=new(M, R, s.hidden), gu=new(M, R, 2*s.hidden))
+        saved = lambda: Namespace(n1=new(M, R, d), r1=new(M, R, 1), n2=new(M, R, d), r2=new(M, R, 1), rot=new(M, R, s.qkv), **heads(), o=new(M, R, d),
+                                  gu=new(M, R, 2*s.hidden), silu=new(M, R, s.hidden), a=new(M, R, s.hidden), t=t, **shared)
+        self.s, self.batch, self.M, self.E, self.dE = s, batch, M, *get(model.embed)
+        self.top = Namespace(x0=new(M, R, d), x=new(M, R, d), dx=new(M, R, d), r0=new(M, R, 1), n0=new(M, R, d), n=new(M, R, d), r=new(M, R, 1), p=new(M, R, s.vocab), t=t, minus=-torch.ones(M, R, 1, dtype=ref.dtype, device=ref.device))
+        self.saved = [saved() for _ in model.blocks]
+        pick = lambda b, i: Namespace(qkv=get(b.attn.qkv)[i], out=get(b.attn.out)[i], up=get(b.mlp.up)[i], down=get(b.mlp.down)[i])
+        self.w, self.g = [pick(b, 0) for b in model.blocks], [pick(b, 1) for b in model.blocks]
+
+# %% ../nbs/02b_decoder.ipynb #7d4ffecf
+@patch
+@torch.no_grad()
+def _forward(self:HandStep, windows):
+    "Probabilities of every token in `top.p`; returns the losses (models, rows) in nats."
+    o, M = self.top, self.M
+    read, want = windows[..., :-1].reshape(M, -1), windows[..., 1:].reshape(M, -1, 1)
+    for m in range(M): torch.index_select(self.E[m], 0, read[m], out=o.x0[m])
+    o.x.copy_(_norm(o.x0, o.n0, o.r0))
+    for b, w in zip(self.saved, self.w): _block(o.x, b, w, self.s, self.batch)
+    torch.bmm(_norm(o.x, o.n, o.r), self.E.mT, out=o.p)
+    torch.softmax(o.p, -1, out=o.p)
+    return o.p.gather(-1, want).squeeze(-1).log_().neg_(), read, want
+
+@patch
+def losses(self:HandStep, windows):
+    "(models, batch, time) losses, without gradients."
+    return self._forward(windows)[0].view(windows[..., 1:].shape)
+
+# %% ../nbs/02b_decoder.ipynb #147c5dad
+@patch
+@torch.no_grad()
+def __call__(self:HandStep, windows):
+    "Fill the gradients of the mean loss over `windows` (models, batch, time + 1); returns it per model."
+    o, M, (loss, read, want) = self.top, self.M, self._forward(windows)
+    scale = 1/loss.shape[1]
+    o.p.scatter_add_(-1, want, o.minus)
+    torch.baddbmm(self.dE, o.p.mT, o.n, beta=0, alpha=scale, out=self.dE)
+    torch.baddbmm(o.t.n, o.p, self.E, beta=0, alpha=scale, out=o.t.n)
+    _norm_back(o.t.n, o.n, o.r, o.t.m, o.dx.zero_())
+    for b, w, g in zip(self.saved[::-1], self.w[::-1], self.g[::-1]): _block_back(o.dx, b, w, g, self.s, self.batch)
+    _norm_back(o.dx, o.n0, o.r0, o.t.m, o.t.n.zero_())
+    for m in range(M): self.dE[m].index_add_(0, read[m], o.t.n[m])
+    return loss.mean(1)
+
+# %% ../nbs/02b_decoder.ipynb #6d6dbead
+def gradients(
+    model:nn.Module, # Decoder, flattened
+    batch:int, # Windows per model and step
+    seq_len:int, # Tokens predicted per window
+): # `HandStep` for a plain decoder, `AutogradStep` where a matrix was replaced
+    "The fastest way to the gradients of `model`."
+    lins = [m for b in model.blocks for m in (b.attn.qkv, b.attn.out, b.mlp.up, b.mlp.down)] + [model.embed]
+    plain = type(model) is Decoder and all(type(l) is Linear and l.weight.dtype in (torch.float32, torch.float64) for l in lins)
+    return (HandStep if plain else AutogradStep)(model, batch, seq_len)
