@@ -177,7 +177,7 @@ def _limits(
 def _limit(values, domains, default, what):
     "One side of the box as an array over `domains`."
     if values is None: return np.full(len(domains), default)
-    if np.isscalar(values): s = pd.Series(float(values), index=domains)
+    if isinstance(values, (int, float, np.number)): s = pd.Series(float(values), index=domains)
     elif isinstance(values, (Mapping, pd.Series)): s = _labelled({**dict.fromkeys(domains, default), **dict(values)}, domains, what)
     else: raise DataError(f"expected `{what}` as a number or as domain → number, found {type(values).__name__}.")
     if s.isna().any() or (s < 0).any(): raise DataError(f"`{what}` must be numbers that are not negative, found {s[s.isna() | (s < 0)].iloc[0]} for {s.index[s.isna() | (s < 0)][0]!r}.")
@@ -627,7 +627,7 @@ def search_cost(
     if b is None or not b > 0: raise DataError(f"expected an exponent b > 0, or at least 3 checkpoints in the last half of {baseline!r} to measure it, found {points} (b = {b}). Pass `exponent=`, e.g. 0.1, and say where it is from.")
     base = row["value"] - row["mean"]
     ratio = lambda gain: float((base/max(base + gain, 1e-9))**(1/b))
-    m, spent = ratio(row["mean"]), _flops(sweep) + _flops(confirmed.drop_duplicates("run"))
+    m, spent = ratio(row["mean"]), _flops(sweep) + _flops(confirmed)
     out = {"spent": spent, "exponent": b, "ratio": m, "ratio_lo": ratio(row["hi"]), "ratio_hi": ratio(row["lo"]), "verdict": row["verdict"], "saved": None, "net": None, "break_even": None}
     how = "given by the caller" if exponent is not None else f"measured on {points} checkpoints"
     if row["verdict"] == "better": out |= {"saved": (m - 1)*target_flops, "net": (m - 1)*target_flops - spent, "break_even": spent/(m - 1)}
