@@ -22,7 +22,7 @@ $(VENV)/.installed: setup.py settings.ini pyproject.toml constraints.txt
 test: setup  ## Run every notebook and every test
 	@bad=0; \
 	$(BIN)/python tests/notebooks.py --workers $(WORKERS) || bad=1; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile || bad=1; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal || bad=1; \
 	if [ $$bad = 1 ]; then echo "make test: something failed, see above."; fi; exit $$bad
 
 demo: setup  ## From text to a confirmed recipe on this machine (DEMO=--quick for the short one)
