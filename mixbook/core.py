@@ -64,6 +64,7 @@ class Registry(Mapping):
         return o
     def __iter__(self): return iter(self._items)
     def __len__(self): return len(self._items)
+    def __contains__(self, name): return name in self._items
     def __repr__(self): return f"Registry({self.kind}: {', '.join(self)})"
     def register(self,
         name:str, # Name users will write
