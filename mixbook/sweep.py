@@ -6,16 +6,18 @@ Docs: https://mixbook.github.io/mixbook/sweep.html.md"""
 
 # %% auto #0
 __all__ = ['designs', 'choosers', 'Simplex', 'simplex', 'repetition_caps', 'mixture_features', 'choose_mixtures',
-           'sample_mixtures']
+           'sample_mixtures', 'design_report', 'design_summary', 'SweepPlan', 'WorkerDied', 'WorkerPool', 'serve_calls',
+           'run_sweep']
 
 # %% ../nbs/04_sweep.ipynb #603a3cfe
 import contextlib, dataclasses, itertools, math, os, pickle, subprocess, sys, threading, time, warnings
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import (BPB, LOSS, WEIGHT, DataError, MixbookError, MixbookWarning, Record, Registry, check_runs, did_you_mean, one_of, outcome_cols,
-                          read_runs, weight_cols, weights_of, write_runs)
+from tqdm.auto import tqdm
+from .core import (WEIGHT, DataError, FitError, MixbookError, MixbookWarning, Record, Registry, did_you_mean, one_of, outcome_cols, read_runs, weight_cols,
+                          weights_of, write_runs)
 
 # %% ../nbs/04_sweep.ipynb #b7ac4304
 def _bound(o, domains, default, what):
@@ -169,32 +171,37 @@ def mixture_features(
 def _d_optimal(W, n, rng, start, *, ridge=1e-2):
     "Greedy D-optimal choice of `n` rows, after the rows of `start`."
     F = mixture_features(W)
-    inv = np.eye(F.shape[1])/ridge
+    inv, same = np.eye(F.shape[1])/ridge, _same(W)
     gain, chosen = (F**2).sum(1)/ridge, []
     while len(chosen) < n:
-        i = start[len(chosen)] if len(chosen) < len(start) else int(np.where(_free(chosen, len(W)), gain, -1).argmax())
+        i = start[len(chosen)] if len(chosen) < len(start) else int(np.where(_free(chosen, same), gain, -1).argmax())
         u = inv@F[i]
         inv, gain = inv - np.outer(u, u)/(1 + gain[i]), gain - (F@u)**2/(1 + gain[i])
         chosen.append(i)
     return chosen
 
-def _free(chosen, n):
-    out = np.ones(n, bool)
-    out[chosen] = False
+def _same(W): return np.unique(np.round(W, 6), axis=0, return_inverse=True)[1].ravel()
+
+def _free(chosen, same):
+    "Rows that repeat no chosen row; when there are none, rows that are not chosen themselves."
+    out = ~np.isin(same, same[list(chosen)])
+    if not out.any():
+        out = np.ones(len(same), bool)
+        out[list(chosen)] = False
     return out
 
 # %% ../nbs/04_sweep.ipynb #ddd62a16
 def _k_centre(X, n, rng, start):
     "Farthest-first choice of `n` rows of `X`, after the rows of `start` (none: the row nearest to the middle)."
     chosen = list(start) or [int(((X - X.mean(0))**2).sum(1).argmin())]
-    near = ((X[:, None] - X[chosen])**2).sum(-1).min(1)
+    near, same = ((X[:, None] - X[chosen])**2).sum(-1).min(1), _same(X)
     while len(chosen) < n:
-        i = int(np.where(_free(chosen, len(X)), near, -1).argmax())
+        i = int(np.where(_free(chosen, same), near, -1).argmax())
         chosen.append(i)
         near = np.minimum(near, ((X - X[i])**2).sum(1))
     return chosen[:n]
 
-def _random(W, n, rng, start): return [*start, *rng.choice(np.flatnonzero(_free(start, len(W))), n - len(start), replace=False).tolist()]
+def _random(W, n, rng, start): return [*start, *rng.choice(np.setdiff1d(np.arange(len(W)), start), n - len(start), replace=False).tolist()]
 
 choosers = Registry("way to choose")
 choosers.register("d-optimal", _d_optimal)
@@ -254,12 +261,19 @@ def _exchange(F, chosen, fixed, rounds=200):
 
 # %% ../nbs/04_sweep.ipynb #9cc64c0a
 @designs.register("d-optimal")
-def _d_optimal_design(space, n, rng, *, pool=None, start=None, **kwargs):
-    "D-optimal choice from a Dirichlet pool and the corners, given that the rows of `start` are trained anyway."
-    draws = [_dirichlet(space, pool or max(40*n, 2000), rng, **kwargs), np.eye(space.k)]
+def _d_optimal_design(space, n, rng, *, pool=None, start=None, temperatures=(0., .5, 1.), strengths=None):
+    "D-optimal choice from a Dirichlet pool, given that the rows of `start` are trained anyway."
     start = np.empty((0, space.k)) if start is None else start
-    W = np.vstack([start, space.close(np.vstack(draws))])
+    draws = _dirichlet(space, pool or max(40*n, 2000), rng, temperatures=temperatures, strengths=[space.k] if strengths is None else strengths)
+    W = np.vstack([start, _thin(space.close(draws), start)])
+    if len(W) < n + len(start): raise DataError(f"expected {n} distinct mixtures, the bounds leave only {len(W) - len(start)}. Ask for fewer or widen the bounds.")
     return W[_d_optimal(W, n + len(start), rng, list(range(len(start))))[len(start):]]
+
+def _thin(W, start, step=.01):
+    "The rows of `W` that differ from each other, and from `start`, when rounded to `step`."
+    both = np.vstack([start, W])
+    first = np.sort(np.unique(np.round(both/step), axis=0, return_index=True)[1])
+    return both[first[first >= len(start)]]
 
 # %% ../nbs/04_sweep.ipynb #ae4fdf35
 def sample_mixtures(
@@ -282,3 +296,289 @@ def sample_mixtures(
     m = n - len(base)
     W = np.vstack([base, space.close(designs[how](space, m, np.random.default_rng(seed), **more))[:m]])
     return space.frame(W, [*include, *(f"m{i:0{len(str(m - 1))}d}" for i in range(m))])
+
+# %% ../nbs/04_sweep.ipynb #e3dee398
+def design_report(
+    mixtures:pd.DataFrame, # Mixtures, one a row, or a runs table
+    natural=None, # Natural shares, or a Corpus (which also gives the tokens)
+    *,
+    available=None, # Training tokens per domain
+    tokens:int|None=None, # Tokens of one run, for the worst number of passes
+)->pd.DataFrame: # One row a domain: natural, min, median, max, zeros, and passes where the tokens are known
+    "How a design covers every domain; raises `DataError` on rows that are no mixtures."
+    W = _mixtures(mixtures)
+    out = pd.DataFrame({"min": W.min(), "median": W.median(), "max": W.max(), "zeros": (W == 0).sum()}).rename_axis("domain")
+    if natural is not None: out.insert(0, "natural", _shares(natural).reindex(out.index))
+    if available is None and hasattr(natural, "table"): available = natural.table["tokens"]
+    if available is not None and tokens is not None: out["passes"] = W.max()*tokens/pd.Series(available, dtype=float).reindex(out.index)
+    return out
+
+def design_summary(
+    mixtures:pd.DataFrame, # Mixtures, one a row, or a runs table
+    natural=None, # Natural shares, or a Corpus
+)->pd.Series: # n, log_det, condition, distance (Hellinger, median) and nearest two mixtures
+    "Figures of a whole design: information, condition, spread."
+    W = _mixtures(mixtures).to_numpy()
+    F, R = mixture_features(W), np.sqrt(W)
+    s = np.linalg.svd(F/np.sqrt(len(F)), compute_uv=False)[:F.shape[1]]
+    gaps = np.linalg.norm(R[:, None] - R, axis=-1)[np.triu_indices(len(R), 1)]/np.sqrt(2)
+    full = len(F) >= F.shape[1] and s[-1] > 1e-9*s[0]
+    out = {"n": len(W), "log_det": 2*np.log(s).sum()/F.shape[1] if full else -np.inf, "condition": (s[0]/s[-1])**2 if full else np.inf, "nearest": gaps.min() if len(gaps) else np.nan}
+    if natural is not None: out["distance"] = np.median(np.linalg.norm(R - np.sqrt(_shares(natural).reindex(_mixtures(mixtures).columns).to_numpy()), axis=1))/np.sqrt(2)
+    return pd.Series(out)
+
+# %% ../nbs/04_sweep.ipynb #fbc60e1e
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    "One run of a sweep."
+    run:str # Its identity
+    mixture:str # Label of the mixture
+    weights:dict # Domain → share
+    seed:int # Of initial weights and data order
+
+def _jobs(corpus, mixtures, config, seeds, unique_tokens=None):
+    "The distinct runs of a sweep, in order."
+    from mixbook.proxy import proxy_run_id
+    mixtures = _mixtures(pd.DataFrame(mixtures), list(corpus.domains))
+    seeds = [int(s) for s in (seeds if isinstance(seeds, Iterable) else [seeds])]
+    if not len(mixtures) or not seeds: raise DataError(f"expected at least one mixture and one seed, found {len(mixtures)} and {len(seeds)}.")
+    jobs = [_Job(proxy_run_id(corpus, w, config, s, unique_tokens), str(label), w, s) for label, w in zip(mixtures.index, mixtures.to_dict("records")) for s in seeds]
+    return list({j.run: j for j in reversed(jobs)}.values())[::-1]
+
+def _finished(path):
+    "Ids of the runs at `path` that need no training."
+    if not any(Path(path).glob("*.parquet")): return set()
+    runs = read_runs(path)
+    return set(runs.loc[runs["status"] == "done", "run"])
+
+# %% ../nbs/04_sweep.ipynb #97ebfafb
+@dataclasses.dataclass(frozen=True)
+class SweepPlan(Record):
+    "What a sweep is about to do and what it costs."
+    todo:pd.DataFrame # Runs to train: run, mixture, seed
+    done:int # Runs in the table already
+    n_params:int # Parameters of one proxy
+    tokens:int # Training tokens of all runs to do
+    flops:int # Floating-point operations of all runs to do
+    seconds:float # Estimated time
+    workers:int # Processes at work; 0: in this one
+    how:str # 'sequential' or 'stacked'
+    domains:pd.DataFrame # Per domain: available tokens, most tokens read by one run, passes
+    @property
+    def runs(self)->int: return len(self.todo)
+    def __str__(self):
+        worst = self.domains["passes"].astype(float)
+        where = f"{self.workers} processes" if self.workers else "one process" + (", stacked" if self.how == "stacked" else "")
+        return (f"{self.runs} runs to train, {self.done} done already: proxies of {self.n_params:,} parameters, {self.tokens:,} tokens, {self.flops:.2e} FLOPs, "
+                f"about {_clock(self.seconds)} in {where}; at most {worst.max():.2g} passes over a domain ({worst.idxmax()})")
+    def _repr_markdown_(self):
+        rows = {"runs to train": self.runs, "done already": self.done, "parameters of a proxy": f"{self.n_params:,}", "tokens": f"{self.tokens:,}", "FLOPs": f"{self.flops:.2e}",
+                "estimated time": _clock(self.seconds), "processes": self.workers or "this one", "most passes over a domain": f"{self.domains['passes'].max():.2g} ({self.domains['passes'].idxmax()})"}
+        return "\n".join(["| sweep | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
+
+def _clock(s): return f"{s:.0f} s" if s < 100 else f"{s/60:.0f} min" if s < 6000 else f"{s/3600:.1f} h"
+
+# %% ../nbs/04_sweep.ipynb #89ed30f0
+def _plan(corpus, config, jobs, todo, workers, how, device):
+    "The `SweepPlan` of the jobs `todo` out of `jobs`."
+    from mixbook.proxy import estimate_seconds, flops_per_token
+    available, n = corpus.table["tokens"].astype(float), len(todo)
+    read = pd.DataFrame([j.weights for j in (todo or jobs)]).max()*config.train_tokens
+    domains = pd.DataFrame({"available": available, "read": read, "passes": read/available})
+    seconds = estimate_seconds(config, corpus, n=math.ceil(n/max(workers, 1)), device=device) if n else 0.
+    return SweepPlan(pd.DataFrame([(j.run, j.mixture, j.seed) for j in todo], columns=["run", "mixture", "seed"]), len(jobs) - n, config.n_params, n*config.train_tokens,
+                     n*config.train_tokens*flops_per_token(config), float(seconds), workers, how, domains)
+
+# %% ../nbs/04_sweep.ipynb #14e7f6b8
+def _train_group(corpus, jobs, config, how, unique_tokens, device):
+    "Train `jobs` and return one list of rows for each."
+    from mixbook.proxy import train_proxies, train_proxy
+    if len(jobs) == 1: proxies = [train_proxy(corpus, jobs[0].weights, config, seed=jobs[0].seed, unique_tokens=unique_tokens, device=device, progress=False)]
+    else: proxies = train_proxies(corpus, [j.weights for j in jobs], config, seeds=[j.seed for j in jobs], how=how, unique_tokens=unique_tokens, device=device, progress=False)
+    return [[p.row | ({"error": p.message} if p.message else {})] for p in proxies]
+
+# %% ../nbs/04_sweep.ipynb #6699291b
+class WorkerDied(MixbookError): "A worker process ended in the middle of a call."
+
+class WorkerPool:
+    "`n` fresh Python processes with one thread each, as an executor with `submit`; use it as a context manager."
+    def __init__(self,
+        n:int, # Processes
+    ):
+        if n < 1: raise DataError(f"expected at least one process, found {n}.")
+        self._threads, self._mine, self.processes = ThreadPoolExecutor(n), threading.local(), []
+    def submit(self,
+        fn:Callable, # A function that another process can import
+        *args, # Its arguments; they are pickled
+    )->Future: # Resolves to the result, or to the exception of the call
+        "Call `fn(*args)` in a free process."
+        return self._threads.submit(self._call, fn, args)
+    def _call(self, fn, args):
+        p = getattr(self._mine, "process", None)
+        if p is None or p.poll() is not None: p = self._mine.process = self._start()
+        try:
+            pickle.dump((fn, args), p.stdin)
+            p.stdin.flush()
+            ok, value = pickle.load(p.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError) as e:
+            code = p.wait()
+            raise WorkerDied(f"its process died with {f'signal {-code} (9: killed, often for lack of memory)' if code < 0 else f'exit code {code}'}") from e
+        if ok: return value
+        raise value
+    def _start(self):
+        env = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        self.processes.append(p := subprocess.Popen([sys.executable, "-c", "from mixbook.sweep import serve_calls; serve_calls()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env))
+        return p
+    def close(self):
+        "End the processes; calls that are running are lost."
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for p in self.processes: p.kill()
+        for p in self.processes: p.wait()
+    def __enter__(self): return self
+    def __exit__(self, *_): self.close()
+
+# %% ../nbs/04_sweep.ipynb #07c3b2dc
+def serve_calls():
+    "The loop of a worker process: calls arrive on standard input, answers leave on standard output; what the calls print goes to standard error."
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the parent, which ends this process
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    while True:
+        try: fn, args = pickle.load(sys.stdin.buffer)
+        except EOFError: return
+        try: answer = pickle.dumps((True, fn(*args)))
+        except Exception as e: answer = _portable(e)
+        answers.write(answer)
+        answers.flush()
+
+def _portable(e):
+    "Exception `e` pickled, or its text when it cannot be."
+    try:
+        pickle.loads(data := pickle.dumps((False, e)))
+        return data
+    except Exception: return pickle.dumps((False, MixbookError(f"{type(e).__name__}: {e}")))
+
+# %% ../nbs/04_sweep.ipynb #92dfe2a9
+def _here(groups, call):
+    "Outcomes of calling `call(*group)` in this process."
+    for g in groups:
+        try: yield g, call(g)
+        except Exception as e: yield g, e
+
+def _elsewhere(groups, submit, call):
+    "Outcomes of the futures that `submit` returns, as they come; on an interrupt, first those that are ready."
+    pending = []
+    def ready():
+        nonlocal pending
+        now, pending = [o for o in pending if o[0].done()], [o for o in pending if not o[0].done()]
+        return now
+    try:
+        for g in groups: pending.append((submit(*call(g)), g))
+        while pending:
+            now = ready()
+            for f, g in now: yield g, _result(f)
+            if not now: time.sleep(.02)
+    except KeyboardInterrupt:
+        for f, g in ready(): yield g, _result(f)
+        for f, _ in pending: getattr(f, "cancel", bool)()
+        raise
+
+def _result(future):
+    try: return future.result()
+    except Exception as e: return e
+
+# %% ../nbs/04_sweep.ipynb #10f5e368
+def _failed_row(job, config, corpus, error):
+    "The row of a run that has no result."
+    return {"run": job.run, "seed": job.seed, "step": config.steps, "status": "failed", **{f"w/{d}": job.weights.get(d, 0.) for d in corpus.domains}, "corpus_hash": corpus.hash, "error": str(error)}
+
+def _keep(group, outcome, corpus, config, path, study):
+    "Write the rows of a finished group, one file a run; returns the failed ones as {mixture and seed: reason}."
+    failed = {}
+    rows = [[_failed_row(j, config, corpus, f"{type(outcome).__name__}: {outcome}")] for j in group] if isinstance(outcome, Exception) else outcome
+    for job, run in zip(group, rows):
+        table = pd.DataFrame(run).assign(study=study, mixture=job.mixture)
+        losses = table[[c for c in outcome_cols(table)]]
+        if table["status"].iloc[-1] == "done" and not np.isfinite(losses.to_numpy(float)).all(): table["status"], table["error"] = "failed", "a loss is not finite"
+        if table["status"].iloc[-1] != "done":
+            table["step"] = [*table["step"].iloc[:-1], config.steps]        # so that a later success replaces this row
+            failed[f"{job.mixture} (seed {job.seed}, run {job.run})"] = str(table["error"].iloc[-1]) if "error" in table else "no reason given"
+        write_runs(table, path)
+    return failed
+
+# %% ../nbs/04_sweep.ipynb #a44fc38d
+def _consume(outcomes, keep, jobs, todo, path, bar):
+    "Store every outcome as it comes; stop early when nothing works; returns the failures."
+    good, failed = 0, {}
+    try:
+        for group, outcome in outcomes:
+            if isinstance(outcome, MixbookError) and not isinstance(outcome, WorkerDied) and not good: raise outcome
+            bad = keep(group, outcome)
+            failed |= bad
+            good += len(group) - len(bad)
+            bar.update(len(group))
+            if failed: bar.set_postfix(failed=len(failed))
+            if not good and isinstance(outcome, Exception) and len(failed) >= min(3, len(todo)):
+                raise FitError(f"the first {len(failed)} runs all failed; the last one: {type(outcome).__name__}: {outcome}") from outcome
+    except KeyboardInterrupt:
+        n = len(jobs) - len(todo) + good
+        raise KeyboardInterrupt(f"stopped; {n} of {len(jobs)} runs are finished and kept in {path}. The same call goes on from there.") from None
+    return failed
+
+# %% ../nbs/04_sweep.ipynb #af650acd
+def _grouping(how, n, n_workers, submit, device):
+    "Resolve `how`, and how many models train together."
+    one_of(how, ("auto", "sequential", "stacked"), what="way (`how`)")
+    if how == "auto":
+        from mixbook.proxy import pick_device
+        how = "stacked" if pick_device(device).type == "cuda" and not n_workers and submit is None else "sequential"
+    return how, (64 if how == "stacked" and n > 64 else n if how == "stacked" else 1)
+
+# %% ../nbs/04_sweep.ipynb #93665697
+def run_sweep(
+    corpus, # Corpus to train on
+    mixtures, # (n, k) mixtures, one a row; the index names them
+    config, # ProxyConfig of every run
+    *,
+    path:str|Path, # Folder of the runs table; an existing one is continued
+    seeds=(0,), # Every mixture is trained once per seed
+    study:str="sweep", # Name in the `study` column
+    n_workers:int=0, # Processes; 0 trains in this one
+    how:str="auto", # 'sequential', 'stacked', or 'auto'
+    submit=None, # Executor with `submit(fn, *args)`, or that function, instead of `n_workers`
+    unique_tokens:dict|None=None, # domain → most distinct training tokens (repetition as in the target run)
+    device:str="auto", # 'auto', 'cpu' or 'cuda'
+    dry:bool=False, # Return the `SweepPlan` and stop
+    progress:bool=True, # Say the plan and show a bar
+)->pd.DataFrame: # Finished runs of these mixtures, in their order
+    "Train every mixture that is not in the table yet; raises `DataError` on bad mixtures, `FitError` when nothing can be trained. Interrupt it whenever you like."
+    jobs = _jobs(corpus, mixtures, config, seeds, unique_tokens)
+    done = _finished(path)
+    todo = [j for j in jobs if j.run not in done]
+    how, size = _grouping(how, len(todo), n_workers, submit, device)
+    workers = min(n_workers, len(todo)) if submit is None else 0
+    if dry or (progress and todo): plan = _plan(corpus, config, jobs, todo, workers, how, device)
+    if dry: return plan
+    failed = {}
+    if todo:
+        groups = [todo[i:i + size] for i in range(0, len(todo), size)]
+        args = (config, how, unique_tokens, device)
+        if progress: tqdm.write(str(plan), file=sys.stderr)
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=study, unit="run", smoothing=.05, disable=not progress))
+            if submit is None and workers: submit = stack.enter_context(WorkerPool(workers))
+            if submit is None: outcomes = _here(groups, lambda g: _train_group(corpus, g, *args))
+            else: outcomes = _elsewhere(groups, getattr(submit, "submit", submit), lambda g: (_train_group, corpus, g, *args))
+            failed = _consume(outcomes, lambda g, o: _keep(g, o, corpus, config, path, study), jobs, todo, path, bar)
+    if failed: warnings.warn(f"{len(failed)} of {len(jobs)} runs failed and stand in the table with status 'failed' (the next call tries them again): " + "; ".join(f"{k}: {v}" for k, v in list(failed.items())[:3]), MixbookWarning, stacklevel=2)
+    return _rows_of(jobs, path)
+
+# %% ../nbs/04_sweep.ipynb #1eb73a1d
+def _rows_of(jobs, path):
+    "The finished rows of `jobs`, in their order."
+    runs, order = read_runs(path), {j.run: i for i, j in enumerate(jobs)}
+    runs = runs[runs["run"].isin(order) & (runs["status"] == "done")]
+    if not len(runs): raise FitError(f"none of the {len(jobs)} runs finished. The reasons stand in column 'error' of `read_runs({str(path)!r})`.")
+    out = runs.assign(_order=runs["run"].map(order)).sort_values(["_order", "step"], kind="stable").drop(columns="_order").reset_index(drop=True)
+    return out.drop(columns=[c for c in ("error",) if c in out and out[c].isna().all()])
