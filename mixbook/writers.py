@@ -13,13 +13,13 @@ import csv, dataclasses, html, io, json, re, shlex, warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import DataError, MixbookWarning, Registry, UnsupportedError, did_you_mean, one_of, write_text, _read_text
+from .core import DataError, MixbookWarning, Registry, UnsupportedError, did_you_mean, one_of, write_text
 from .recipe import Recipe
 
 # %% ../nbs/06a_writers.ipynb #357818ee
-MEANINGS = {"sequence": "the probability of the next fixed-length sequence (= share of tokens)", "document": "the probability of the next document (row)",
+MEANINGS = {"share": "the share of the training tokens", "sequence": "the probability of the next fixed-length sequence (equal to the share of tokens)", "document": "the probability of the next document (row)",
             "passes": "the number of passes over the source", "draws": "the number of sequences to draw", "kept": "the fraction of the source that is kept, at most 1"}
-_NEEDS = {"sequence": (), "document": ("tokens", "docs"), "passes": ("tokens", "budget"), "draws": ("budget",), "kept": ("tokens", "budget")}
+_NEEDS = {"share": (), "sequence": (), "document": ("tokens", "docs"), "passes": ("tokens", "budget"), "draws": ("budget",), "kept": ("tokens", "budget")}
 
 def to_numbers(
     weights:pd.Series, # Token shares w
@@ -79,11 +79,13 @@ class Format:
     name:str # Name of the target
     write:Callable # Function of a `Job` that returns the text
     meaning:str="sequence" # Key of `MEANINGS`
+    grid:int|None=None # Numbers are multiples of 1/grid, where the trainer rounds to that itself
     ext:str="yaml" # Usual ending of the file
     decimals:int|None=6 # Digits written; None writes every digit
     repeat:bool=True # Can read a domain more than once
     stage:bool=False # Can change the mixture during the run
     cap:bool=False # Can limit the passes over a domain
+    intervals:bool=False # Can carry the intervals of the weights
     comment:str|None="#" # Start of a comment line; "" when the file carries its own origin, None when a second file must
     random:bool=True # Draws at random, so shares fluctuate
     floor:float=0.0 # Smaller weights are known to trouble the trainer
@@ -114,9 +116,11 @@ class Job:
     def numbers(self): return self.stages[0][1]
     @property
     def domains(self): return list(dict.fromkeys(d for _, n in self.stages for d in n))
-    def step(self, start):
-        "The step at which the fraction `start` of the run is done."
-        return 0 if not start else round(start*self.budget/(self.seq_len*self.batch))
+    def step(self, start, block=1):
+        "The step at which the fraction `start` of the run is done, where `block` sequences are done as well."
+        if not start: return 0
+        every = block//np.gcd(block, self.batch)
+        return int(round(start*self.budget/(self.seq_len*self.batch*every))*every)
 
 # %% ../nbs/06a_writers.ipynb #459e8dd6
 def _one_line(text):
@@ -127,6 +131,7 @@ def _yaml(obj):
     "`obj` as YAML in the given order."
     import yaml
     class Plain(yaml.SafeDumper): ignore_aliases = lambda self, data: True
+    Plain.add_representer(str, lambda dumper, o: dumper.represent_scalar("tag:yaml.org,2002:str", o, style=None if o.isprintable() else '"'))
     return yaml.dump(obj, Dumper=Plain, sort_keys=False, allow_unicode=True, width=10**6)
 
 def _from_yaml(text):
@@ -157,11 +162,12 @@ def _stages_of(recipe, fmt, stage):
 def _round(numbers, fmt):
     "Digits for `fmt`: {domain: number} without zeros, and the domains that rounding removed."
     if fmt.decimals is None: return {d: float(v) for d, v in numbers.items() if v > 0}, []
-    if fmt.meaning in ("sequence", "document"): unit = round_to_sum(numbers, fmt.decimals, 1)
+    if fmt.grid: unit = round_to_sum(numbers*fmt.grid, 0, fmt.grid)
+    elif fmt.meaning in ("share", "sequence", "document"): unit = round_to_sum(numbers, fmt.decimals, 1)
     elif fmt.meaning == "draws": unit = round_to_sum(numbers, 0)
     else: unit = (numbers*10**fmt.decimals).round().astype(np.int64)
     lost = [d for d in numbers.index if numbers[d] > 0 and unit[d] == 0]
-    digit = lambda u: int(u) if fmt.meaning == "draws" else int(u)/10**fmt.decimals
+    digit = lambda u: int(u) if fmt.meaning == "draws" else int(u)/(fmt.grid or 10**fmt.decimals)
     return {d: digit(u) for d, u in unit.items() if u > 0}, lost
 
 def _check_kept(numbers, weights, recipe, fmt):
@@ -177,18 +183,18 @@ def _check_kept(numbers, weights, recipe, fmt):
 def _warn(lost, digits, fmt, budget, seq_len):
     "Warn about shares too small for the trainer or for its digits."
     names = lambda ds: ", ".join(repr(_one_line(d)) for d in ds[:5])
-    if lost: warnings.warn(f"{fmt.name} writes {fmt.decimals} decimals, so {names(lost)} round to zero and are left out. Set a floor in `propose` or drop them.", MixbookWarning, stacklevel=4)
+    if lost: warnings.warn(f"{fmt.name} writes {f'multiples of 1/{fmt.grid}' if fmt.grid else f'{fmt.decimals} decimals'}, so {names(lost)} round to zero and are left out. Set a floor in `propose` or drop them.", MixbookWarning, stacklevel=4)
     tiny = [d for d, v in digits.items() if v < fmt.floor or (fmt.floor and budget and v*budget/seq_len < 1)]
     if tiny: warnings.warn(f"very small weights for {names(tiny)}: {fmt.name} is known to fail on extreme blends (NVIDIA/Megatron-LM#705). Drop them or give them at least {fmt.floor:g}.", MixbookWarning, stacklevel=4)
 
 # %% ../nbs/06a_writers.ipynb #6b3fb80e
 def _header(fmt, recipe, start, left_out, deviation):
     "Lines that explain the file."
-    lacks = [w for w, ok in (("repetition", fmt.repeat), ("stages", fmt.stage), ("caps on passes", fmt.cap)) if not ok]
+    lacks = [w for w, ok in (("intervals", fmt.intervals), ("repetition", fmt.repeat), ("stages", fmt.stage), ("caps on passes", fmt.cap)) if not ok]
     out = [f"Data mixture for {fmt.name}, written by mixbook.", f"Each number is {MEANINGS[fmt.meaning]}.",
-           f"Token shares that the trainer will see differ from the recipe by at most {deviation:.1e} after rounding."]
+           f"Token shares that the trainer will see differ from the recipe by at most {deviation if deviation > 1e-12 else 0:.1e} after rounding."]
     if fmt.note: out.append(fmt.note)
-    out.append("The file cannot carry: " + ", ".join(["intervals", *lacks]) + ".")
+    if lacks: out.append("The file cannot carry: " + ", ".join(lacks) + ".")
     if left_out: out.append("Left out (share zero at the digits written): " + ", ".join(left_out) + ".")
     if start: out.append(start)
     facts = {k: v for k, v in recipe.provenance.items() if isinstance(v, (str, int, float, bool))}
@@ -205,6 +211,12 @@ def _paths_of(paths, domains):
     miss = [d for d in domains if d not in paths]
     if miss: raise DataError(f"expected a path for each of {len(domains)} domains, found none for {miss[0]!r}{did_you_mean(miss[0], paths)}")
     return {d: str(paths[d]) for d in domains}
+
+def _check_names(names):
+    "Raise on names that no UTF-8 file can hold (folders named in another encoding)."
+    for o in names:
+        try: o.encode()
+        except UnicodeEncodeError: raise DataError(f"expected names and paths in Unicode, found {_one_line(o)!r}, which is not. Rename the folder or map the domain with `paths=`.") from None
 
 # %% ../nbs/06a_writers.ipynb #74d2ebee
 def write_recipe(
@@ -228,6 +240,7 @@ def write_recipe(
         digits.append((start, n)), frames.append(frame.assign(start=start) if len(parts) > 1 else frame)
     report = pd.concat(frames)
     job = Job(recipe, digits, _paths_of(paths, recipe.domains), recipe.budget, seq_len, batch)
+    _check_names([*job.domains, *job.paths.values()])
     if len(parts) > 1 and fmt.name in ("nanotron", "levanter"): _check_steps(job, fmt)
     return _save(Path(path), fmt, job, report, "" if not recipe.stages or len(parts) > 1 else "It holds the average over all stages." if stage == "average" else f"It holds stage {stage} of {len(recipe.stages)}, from {parts[0][0]:.0%} to {parts[0][1]:.0%} of the tokens.")
 
@@ -248,7 +261,7 @@ def _one_mixture(recipe, fmt, w, budget, seq_len):
 def _check_steps(job, fmt):
     "Raise unless stages can be placed at distinct steps."
     if not (job.budget and job.batch): raise UnsupportedError(f"{fmt.name} counts stages in steps, so it needs `budget` (tokens) and `batch` (sequences per step), found budget={job.budget}, batch={job.batch}.")
-    steps = [job.step(s) for s, _ in job.stages]
+    steps = [job.step(s, fmt.grid or 1) for s, _ in job.stages]
     if len(set(steps)) < len(steps): raise UnsupportedError(f"two stages would start at the same step {steps} of a run of {job.step(1.)} steps. Lengthen the run or merge them.")
 
 # %% ../nbs/06a_writers.ipynb #d3fa9ec2
@@ -316,7 +329,7 @@ def _streams(job, word):
 
 _foundry = "Use: merge into the training YAML; add remote: where the shards are not local."
 
-@writer("llm_foundry", note=_foundry, read=lambda text, paths: _read_streams(text))
+@writer("llm_foundry", random=False, note=_foundry, read=lambda text, paths: _read_streams(text))
 def _write_llm_foundry(job): return _streams(job, "proportion")
 
 @writer("llm_foundry_repeat", meaning="passes", random=False, note=_foundry)
@@ -336,33 +349,35 @@ def _limit(job, d, v):
     if job.recipe.tokens is None or not job.budget: return 1.0
     return max(1.0, float(np.ceil(v*job.budget/job.recipe.tokens[d]*100 + 1)/100))
 
-@writer("olmo_core", cap=True, random=False, note="Use: SourceMixtureList from this file, in a SourceMixtureDatasetConfig with requested_tokens = the budget.", read=lambda text, paths: _read_olmo(text))
+@writer("olmo_core", meaning="share", cap=True, random=False, note="Use: SourceMixtureList from this file, in a SourceMixtureDatasetConfig with requested_tokens = the budget.", read=lambda text, paths: _read_olmo(text))
 def _write_olmo_core(job):
     return _yaml({"sources": [{"source_name": d, "target_ratio": v, "paths": [job.paths[d] if job.paths[d].endswith(".npy") else job.paths[d] + "/*.npy"],
                                "max_repetition_ratio": _limit(job, d, v), "max_source_fraction": 1.0} for d, v in job.numbers.items()]})
 
-@writer("olmix", cap=True, random=False, note="Use: the mix section of a launch config.", read=lambda text, paths: _read_olmix(text))
+@writer("olmix", meaning="share", cap=True, random=False, note="Use: the mix section of a launch config.", read=lambda text, paths: _read_olmix(text))
 def _write_olmix(job): return _yaml({"mix": {d: {"weight": v, "repetition_factor": _limit(job, d, v)} for d, v in job.numbers.items()}})
 
 @writer("regmix", note="Use: as a data config of RegMix's model_training; names are file prefixes.", read=lambda text, paths: _read_regmix(text))
 def _write_regmix(job): return _yaml({"train": {f"train_{d}": v for d, v in job.numbers.items()}, "valid": {f"valid_{d}": 1.0 for d in job.numbers}, "model_name": "tinyllama_1M"})
 
 # %% ../nbs/06a_writers.ipynb #7e3920e3
-@writer("nanotron", stage=True, note="Use: merge into the training YAML.", read=lambda text, paths: _read_nanotron(text, paths))
+_BLOCK = 2048
+
+@writer("nanotron", stage=True, random=False, note="Use: merge into the training YAML.", read=lambda text, paths: _read_nanotron(text, paths))
 def _write_nanotron(job):
     name = lambda i: f"stage {i}" if len(job.stages) > 1 else "stable"
     return _yaml({"data_stages": [{"name": name(i), "start_training_step": 1 + job.step(start), "data": {"seed": 0, "num_loading_workers": 1,
                   "dataset": {"dataset_folder": [job.paths[d] for d in n], "dataset_weights": list(n.values())}}} for i, (start, n) in enumerate(job.stages)]})
 
-@writer("levanter", stage=True, note="Use: the data section of the training YAML.", read=lambda text, paths: _read_levanter(text))
+@writer("levanter", stage=True, random=False, grid=_BLOCK, note=f"Use: the data section of the training YAML. Levanter mixes in blocks of {_BLOCK} sequences.", read=lambda text, paths: _read_levanter(text))
 def _write_levanter(job):
     parts = {d: {"source": {"type": "url", "train_urls": [job.paths[d]]}} for d in job.domains}
     full = lambda n: {d: n.get(d, 0.0) for d in job.domains}
-    weights = full(job.numbers) if len(job.stages) == 1 else [[job.step(s), full(n)] for s, n in job.stages]
-    return _yaml({"data": {"components": parts, "train_weights": weights}})
+    weights = full(job.numbers) if len(job.stages) == 1 else [[job.step(s, _BLOCK), full(n)] for s, n in job.stages]
+    return _yaml({"data": {"components": parts, "train_weights": weights, "mixture_block_size": _BLOCK}})
 
 # %% ../nbs/06a_writers.ipynb #5dce0011
-@writer("torchtitan", ext="py", note="Use: mixture({domain: its packed dataset config}); pack each child first (ConcatThenSplitPackingConfig), or the weights count documents.")
+@writer("torchtitan", ext="py", random=False, note="Use: mixture({domain: its packed dataset config}); pack each child first (ConcatThenSplitPackingConfig), or the weights count documents.")
 def _write_torchtitan(job):
     return (_py_dict("PATHS", {d: job.paths[d] for d in job.numbers}) + "\n" + _py_dict("WEIGHTS", job.numbers) + """
 
@@ -395,10 +410,10 @@ def _write_deepspeed(job):
     raise UnsupportedError("deepspeed's data efficiency takes a curriculum (a metric with its schedule of difficulty), not a mixture. Mix before it: write 'hf', 'litgpt' or 'megatron' and hand DeepSpeed the mixed dataset.")
 
 # %% ../nbs/06a_writers.ipynb #f93dc7b1
-@writer("json", ext="json", decimals=None, stage=True, cap=True, comment="", note="Lossless; read_recipe brings every field back.", read=lambda text, paths: {"recipe": Recipe.from_json(text)})
+@writer("json", meaning="share", ext="json", decimals=None, stage=True, cap=True, intervals=True, random=False, comment="", note="Lossless; read_recipe brings every field back.", read=lambda text, paths: {"recipe": Recipe.from_json(text)})
 def _write_json(job): return job.recipe.to_json() + "\n"
 
-@writer("csv", ext="csv", decimals=None, stage=True, comment=None, note="One row per domain (and stage); weights are token shares.", read=lambda text, paths: _read_csv(text))
+@writer("csv", meaning="share", ext="csv", decimals=None, stage=True, intervals=True, random=False, comment=None, note="One row per domain (and stage); weights are token shares.", read=lambda text, paths: _read_csv(text))
 def _write_csv(job):
     r, rows = job.recipe, []
     cols = {c: getattr(r, c) for c in ("lo", "hi", "natural", "tokens", "docs") if getattr(r, c) is not None}
@@ -408,26 +423,25 @@ def _write_csv(job):
 # %% ../nbs/06a_writers.ipynb #d2f03588
 def _md(text): return re.sub(r"([\\`*_\[\]|#<>~$&])", r"\\\1", _one_line(text))
 
-@writer("markdown", ext="md", decimals=4, stage=True, comment="", note="A table for a paper or an issue.")
+@writer("markdown", meaning="share", ext="md", decimals=4, stage=True, intervals=True, random=False, comment="", note="A table for a paper or an issue.")
 def _write_markdown(job):
-    r, rows = job.recipe, []
-    head = ["domain"] + (["from"] if len(job.stages) > 1 else []) + ["share"] + ["90 % interval"]*(r.lo is not None) + ["natural"]*(r.natural is not None) + ["passes"]*(r.tokens is not None and bool(r.budget))
-    for start, n in job.stages:
-        for d, v in n.items():
-            row = [_md(d)] + ([f"{start:.0%}"] if len(job.stages) > 1 else []) + [f"{v:.2%}"]
-            if r.lo is not None: row.append(f"{r.lo[d]:.2%} to {r.hi[d]:.2%}")
-            if r.natural is not None: row.append(f"{r.natural[d]:.2%}")
-            if r.tokens is not None and r.budget: row.append(f"{r.weights[d]*r.budget/r.tokens[d]:.2f}")
-            rows.append(row)
+    r, staged = job.recipe, len(job.stages) > 1
+    cols = {"domain": lambda d, s, v: _md(d)}
+    if staged: cols["from"] = lambda d, s, v: f"{s:.0%}"
+    cols["share"] = lambda d, s, v: f"{v:.2%}"
+    if r.lo is not None and not r.stages: cols["90 % interval"] = lambda d, s, v: f"{r.lo[d]:.2%} to {r.hi[d]:.2%}"
+    if r.natural is not None: cols["natural"] = lambda d, s, v: f"{r.natural[d]:.2%}"
+    if r.tokens is not None and r.budget and not r.stages: cols["passes"] = lambda d, s, v: f"{v*r.budget/r.tokens[d]:.2f}"
     line = lambda cells: "| " + " | ".join(cells) + " |\n"
-    facts = {k: v for k, v in r.provenance.items() if isinstance(v, (str, int, float, bool))}
-    tail = f"\nShares of training tokens{f' in a run of {r.budget:,} tokens' if r.budget else ''}. Origin: {_md(', '.join(f'{k} {v}' for k, v in facts.items()) or 'not recorded')}.\n"
-    return line(head) + "|---|" + "---:|"*(len(head) - 1) + "\n" + "".join(map(line, rows)) + tail
+    rows = "".join(line([f(d, s, v) for f in cols.values()]) for s, n in job.stages for d, v in n.items())
+    facts = ", ".join(f"{k} {v}" for k, v in r.provenance.items() if isinstance(v, (str, int, float, bool)))
+    size = f" in a run of {r.budget:,} tokens" if r.budget else ""
+    return line(cols) + "|---|" + "---:|"*(len(cols) - 1) + f"\n{rows}\nShares of training tokens{size}. Origin: {_md(facts or 'not recorded')}.\n"
 
 # %% ../nbs/06a_writers.ipynb #53953a1a
 def recipe_targets()->pd.DataFrame: # By target: meaning, file ending, decimals, and what it can carry
     "Every format that `write_recipe` knows, and what each can and cannot carry."
-    rows = {n: {"meaning": f.meaning, "file": f.ext, "decimals": "all" if f.decimals is None else str(f.decimals), "repeat": f.repeat, "stage": f.stage, "cap": f.cap, "read": f.read is not None,
+    rows = {n: {"meaning": f.meaning, "file": f.ext, "decimals": f"1/{f.grid}" if f.grid else "all" if f.decimals is None else str(f.decimals), "repeat": f.repeat, "stage": f.stage, "cap": f.cap, "read": f.read is not None,
                 "needs": ", ".join(_NEEDS[f.meaning]), "note": f.note} for n, f in writers.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("target")
 
@@ -466,8 +480,6 @@ def _read_olmix(text):
     return {"weights": flat(_from_yaml(text)["mix"], "", 1.0)}
 
 # %% ../nbs/06a_writers.ipynb #922ca1a0
-def _staged(stages): return {"weights": stages[0][1]} if len(stages) == 1 else {"stages": stages}
-
 def _read_nanotron(text, paths):
     parts = [(o["start_training_step"] - 1, o["data"]["dataset"]) for o in _from_yaml(text)["data_stages"]]
     if len(parts) > 1: raise UnsupportedError(f"the file has {len(parts)} stages in steps, and not the length of the run, so their fractions are unknown. Build `Recipe(stages=…)` from it.")
@@ -479,15 +491,23 @@ def _read_levanter(text):
     return {"weights": w}
 
 def _read_csv(text):
-    f = pd.read_csv(io.StringIO(text), dtype={"domain": str}, keep_default_na=False, na_values={c: [""] for c in ("weight", "lo", "hi", "natural", "tokens", "docs")}, float_precision="round_trip")
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    head = list(rows[0]) if rows else []
     for c in ("domain", "weight"):
-        if c not in f: raise DataError(f"expected a column {c!r}{did_you_mean(c, map(str, f.columns))}")
-    first = f[f["start"] == f["start"].iloc[0]] if "start" in f else f
-    more = {c: first.set_index("domain")[c] for c in ("lo", "hi", "natural", "tokens", "docs") if c in f}
-    if "start" in f: return {"stages": tuple((float(s), dict(zip(g["domain"], g["weight"]))) for s, g in f.groupby("start")), **more}
-    return {"weights": f.set_index("domain")["weight"], **more}
+        if c not in head: raise DataError(f"expected a column {c!r}{did_you_mean(c, head)}")
+    first = [r for r in rows if r.get("start") == rows[0].get("start")]
+    more = {c: pd.Series({r["domain"]: float(r[c]) for r in first}) for c in ("lo", "hi", "natural", "tokens", "docs") if c in head}
+    if "start" not in head: return {"weights": {r["domain"]: float(r["weight"]) for r in rows}, **more}
+    stages = {}
+    for r in rows: stages.setdefault(float(r["start"]), {})[r["domain"]] = float(r["weight"])
+    return {"stages": tuple(stages.items()), **more}
 
 # %% ../nbs/06a_writers.ipynb #1af16b71
+def _exact_text(path):
+    "The text of a file with its line ends as they are."
+    try: return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as e: raise DataError(f"expected a readable UTF-8 file at {path}, found: {e}. Check the path.") from e
+
 _MARKS = {"data_stages": "nanotron", "sources": "olmo_core", "mix": "olmix", "train_loader": "llm_foundry", "data": "levanter", "train": "regmix"}
 
 def _guess(path, text):
@@ -506,7 +526,7 @@ def read_recipe(
     paths:Mapping|str|None=None, # Domain to path, or the pattern, for formats that list paths only
 )->Recipe: # The recipe; weights are closed to one
     "Read a mixture back from a trainer's file; raises `UnsupportedError` for formats that cannot be read and `DataError` for broken files."
-    path, text = Path(path), _read_text(path)
+    path, text = Path(path), _exact_text(Path(path))
     name = _guess(path, text) if target is None else target
     fmt = writers[name]
     if fmt.read is None: raise UnsupportedError(f"{name} files cannot be read back{' (their numbers need the tokens of each domain)' if _NEEDS[fmt.meaning] else ''}. Readable: {', '.join(n for n, f in writers.items() if f.read)}.")
