@@ -72,6 +72,8 @@ def test_notebook_is_clean(path):
         for out in cell["outputs"]:
             assert out["output_type"] != "error", f"error output: {out.get('evalue')}"
             assert not any("widget" in m for m in out.get("data", {})), "a widget in the outputs: pass progress=False"
+            plain = text_of(out.get("data", {}).get("text/plain", ""))
+            assert not plain.startswith("<contextlib."), "the value of expect_fail at the end of a cell: end the line with ;"
 
 
 @each_notebook
