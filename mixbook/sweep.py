@@ -168,45 +168,46 @@ def mixture_features(
     W = np.asarray(weights, float)
     return np.hstack([np.ones((len(W), 1)), np.log(W + eps)])
 
-def _d_optimal(W, n, rng, start, *, ridge=1e-2):
-    "Greedy D-optimal choice of `n` rows, after the rows of `start`."
-    F = mixture_features(W)
-    inv, same = np.eye(F.shape[1])/ridge, _same(W)
-    gain, chosen = (F**2).sum(1)/ridge, []
+choosers = Registry("way to choose")
+
+@choosers.register("d-optimal")
+def _d_optimal(W, n, rng, start, *, ridge=1e-2, apart=0.):
+    "Greedy D-optimal choice of `n` rows, after the rows of `start`; new rows keep the Hellinger distance `apart` while they can."
+    F, R = mixture_features(W), np.sqrt(W/2)
+    inv, gain, near, chosen = np.eye(F.shape[1])/ridge, (F**2).sum(1)/ridge, np.full(len(W), np.inf), []
     while len(chosen) < n:
-        i = start[len(chosen)] if len(chosen) < len(start) else int(np.where(_free(chosen, same), gain, -1).argmax())
+        i = start[len(chosen)] if len(chosen) < len(start) else int(np.where(_free(near, chosen, apart), gain, -1).argmax())
         u = inv@F[i]
         inv, gain = inv - np.outer(u, u)/(1 + gain[i]), gain - (F@u)**2/(1 + gain[i])
+        near = np.minimum(near, np.linalg.norm(R - R[i], axis=1))
         chosen.append(i)
     return chosen
 
-def _same(W): return np.unique(np.round(W, 6), axis=0, return_inverse=True)[1].ravel()
-
-def _free(chosen, same):
-    "Rows that repeat no chosen row; when there are none, rows that are not chosen themselves."
-    out = ~np.isin(same, same[list(chosen)])
+def _free(near, chosen, apart):
+    "Rows farther than `apart` from all chosen ones; when there are none, at half that distance; at last all that are not chosen themselves."
+    while apart > 1e-6 and not (near > apart).any(): apart /= 2
+    out = near > max(apart, 1e-6)
     if not out.any():
-        out = np.ones(len(same), bool)
-        out[list(chosen)] = False
+        out[:] = True
+        out[chosen] = False
     return out
 
 # %% ../nbs/04_sweep.ipynb #ddd62a16
 def _k_centre(X, n, rng, start):
     "Farthest-first choice of `n` rows of `X`, after the rows of `start` (none: the row nearest to the middle)."
     chosen = list(start) or [int(((X - X.mean(0))**2).sum(1).argmin())]
-    near, same = ((X[:, None] - X[chosen])**2).sum(-1).min(1), _same(X)
+    near = ((X[:, None] - X[chosen])**2).sum(-1).min(1)
     while len(chosen) < n:
-        i = int(np.where(_free(chosen, same), near, -1).argmax())
+        i = int(np.where(_free(near, chosen, 0.), near, -1).argmax())
         chosen.append(i)
         near = np.minimum(near, ((X - X[i])**2).sum(1))
     return chosen[:n]
 
+@choosers.register("random")
 def _random(W, n, rng, start): return [*start, *rng.choice(np.setdiff1d(np.arange(len(W)), start), n - len(start), replace=False).tolist()]
 
-choosers = Registry("way to choose")
-choosers.register("d-optimal", _d_optimal)
-choosers.register("k-centre", lambda W, n, rng, start: _k_centre(np.sqrt(W), n, rng, start))
-choosers.register("random", _random)
+@choosers.register("k-centre")
+def _k_centre_hellinger(W, n, rng, start): return _k_centre(np.sqrt(W), n, rng, start)
 
 # %% ../nbs/04_sweep.ipynb #e837bc70
 def choose_mixtures(
@@ -261,19 +262,12 @@ def _exchange(F, chosen, fixed, rounds=200):
 
 # %% ../nbs/04_sweep.ipynb #9cc64c0a
 @designs.register("d-optimal")
-def _d_optimal_design(space, n, rng, *, pool=None, start=None, temperatures=(0., .5, 1.), strengths=None):
-    "D-optimal choice from a Dirichlet pool, given that the rows of `start` are trained anyway."
+def _d_optimal_design(space, n, rng, *, pool=None, start=None, temperatures=(0., .5, 1.), strengths=None, apart=.15):
+    "D-optimal choice from a Dirichlet pool, given that the rows of `start` are trained anyway; rows lie at least `apart` (Hellinger) where there is room."
     start = np.empty((0, space.k)) if start is None else start
     draws = _dirichlet(space, pool or max(40*n, 2000), rng, temperatures=temperatures, strengths=[space.k] if strengths is None else strengths)
-    W = np.vstack([start, _thin(space.close(draws), start)])
-    if len(W) < n + len(start): raise DataError(f"expected {n} distinct mixtures, the bounds leave only {len(W) - len(start)}. Ask for fewer or widen the bounds.")
-    return W[_d_optimal(W, n + len(start), rng, list(range(len(start))))[len(start):]]
-
-def _thin(W, start, step=.01):
-    "The rows of `W` that differ from each other, and from `start`, when rounded to `step`."
-    both = np.vstack([start, W])
-    first = np.sort(np.unique(np.round(both/step), axis=0, return_index=True)[1])
-    return both[first[first >= len(start)]]
+    W = np.vstack([start, space.close(draws)])
+    return W[_d_optimal(W, n + len(start), rng, list(range(len(start))), apart=apart)[len(start):]]
 
 # %% ../nbs/04_sweep.ipynb #ae4fdf35
 def sample_mixtures(
@@ -295,6 +289,8 @@ def sample_mixtures(
     more = dict(options, start=base) if how == "d-optimal" else options
     m = n - len(base)
     W = np.vstack([base, space.close(designs[how](space, m, np.random.default_rng(seed), **more))[:m]])
+    distinct = len(np.unique(np.round(W, 9), axis=0))
+    if distinct < n and how == "d-optimal": raise DataError(f"expected {n} distinct mixtures, the bounds leave only {distinct} in this pool. Ask for fewer, widen the bounds, or give a larger `pool`.")
     return space.frame(W, [*include, *(f"m{i:0{len(str(m - 1))}d}" for i in range(m))])
 
 # %% ../nbs/04_sweep.ipynb #e3dee398
