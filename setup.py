@@ -26,7 +26,7 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=[lib, lib + ".*"]),
-    package_data={lib: ["py.typed"]},
+    package_data={lib: ["py.typed", "*.html"]},
     install_requires=words("requirements"),
     extras_require=extras,
     entry_points={"nbdev": [f"{lib}={lib}._modidx:d"], "console_scripts": lines("console_scripts")},
