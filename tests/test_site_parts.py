@@ -37,6 +37,11 @@ def test_links_between_notebooks_keep_their_anchor_and_lose_attributes():
     assert quarto.links("[a `b`](c.ipynb#d){target=\"_blank\"} [e](https://f.g) ![i](j.ipynb)", page_of, "p") == "[a `b`](SITE/c.html#d) [e](https://f.g) ![i](j.ipynb)"
 
 
+def test_a_line_of_arrows_becomes_steps():
+    assert '<li>a</li><li>b &lt;c&gt;</li>' in quarto.flows("```\na ─► b <c>\n```")
+    assert quarto.flows("```\na\n─► b\n```") == "```\na\n─► b\n```"
+
+
 def test_headings_get_the_anchor_that_quarto_would_give():
     assert quarto.headings("## Plain words") == "## Plain words"
     assert quarto.headings("## `a_b` now") == '<a class="anchor" id="a_b-now"></a>\n\n## `a_b` now'

@@ -148,7 +148,7 @@ def tidy_outputs(cell, options):
 
 
 def markdown_cell(text, page, page_of, link):
-    text = quarto.links(quarto.divs(quarto.images(text, page.key)), page_of, page.source)
+    text = quarto.links(quarto.divs(quarto.images(quarto.flows(text), page.key)), page_of, page.source)
     return quarto.headings(quarto.references(link(text), page.key, page.figures))
 
 
@@ -204,11 +204,16 @@ def reference(page, name, level, shown, link):
     return apidoc.entry(symbol, level, shown, link)
 
 
+def cards(entries):
+    "A grid of cards: (title, page, text)."
+    inner = "\n\n".join(f":::{{grid-item-card}} {title}\n:link: /{page}\n:link-type: doc\n\n{text}\n:::" for title, page, text in entries)
+    return f"::::{{grid}} 1 1 2 2\n:gutter: 3\n:margin: 4 4 0 0\n:padding: 0\n\n{inner}\n\n::::"
+
+
 def index_page(title, pages, text=""):
     "A section's own page: one card a notebook, and the toctree that makes the sidebar."
-    cards = "\n\n".join(f":::{{grid-item-card}} {p.title}\n:link: /{p.name}\n:link-type: doc\n\n{p.description}\n:::" for p in pages)
     tree = "\n".join(f"/{p.name}" for p in pages)
-    return f"# {title}\n\n{text}\n\n::::{{grid}} 1 1 2 2\n:gutter: 3\n\n{cards}\n\n::::\n\n```{{toctree}}\n:hidden:\n\n{tree}\n```\n"
+    return f"# {title}\n\n{text}\n\n{cards((p.title, p.name, p.description) for p in pages)}\n\n```{{toctree}}\n:hidden:\n\n{tree}\n```\n"
 
 
 def names_table(pages, base):
@@ -262,17 +267,17 @@ def write_stage(folder):
         text = TEXTS.get(title, "") + ("\n\n" + names_table(mine, base) if title == "API" else "")
         (folder / f"{name}.md").parent.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.md").write_text(index_page(title, mine, text), encoding="utf-8")
-        tops.append(name)
+        tops.append((title, name, TEXTS.get(title, "")))
     listed = {p for _, paths in sections(site) for p in paths} | {Path("index.ipynb")}
-    tree = "```{toctree}\n:hidden:\n\n" + "\n".join(f"/{t}" for t in tops) + "\n```"
+    tree = "```{toctree}\n:hidden:\n\n" + "\n".join(f"/{name}" for _, name, _ in tops) + "\n```"
     for p, page in pages.items():
         if p not in listed:
             print(f"note: {p} is not in the sidebar of _quarto.yml")
             page.staged.metadata["orphan"] = True
-        if p == Path("index.ipynb"): page.staged.cells.append(nbformat.v4.new_markdown_cell(tree))
+        if p == Path("index.ipynb"): page.staged.cells.append(nbformat.v4.new_markdown_cell(f"{cards(tops)}\n\n{tree}"))
         nbformat.write(page.staged, folder / f"{page.name}.ipynb")
     if Path("index.ipynb") not in pages:
-        (folder / "index.md").write_text(f"# {site['title']}\n\n{site['description']}.\n\n{tree}\n", encoding="utf-8")
+        (folder / "index.md").write_text(f"# {site['title']}\n\n{site['description']}.\n\n{cards(tops)}\n\n{tree}\n", encoding="utf-8")
     for f in nbs.rglob("*"):
         rel = f.relative_to(nbs)
         if f.is_file() and f.suffix in (".png", ".svg", ".jpg") and not any(o[0] in "._" for o in rel.parts):
@@ -309,7 +314,7 @@ def plain_pages(folder, pages, site):
                 c.source = re.sub(r'<a class="anchor" id="[^"]*"></a>\n*', "", c.source)
                 c.source = re.sub(r"```\{div\} [\w -]+\n(.*?)\n```", r"\1", c.source, flags=re.S)
                 c.source = re.sub(r"```\{code-block\} python\n:class: [\w-]+\n", "```python\n", c.source)
-                c.source = re.sub(r"```\{toctree\}.*?```", "", c.source, flags=re.S)
+                c.source = re.sub(r"```\{toctree\}.*?```|::::\{grid\}.*?\n::::\n", "", c.source, flags=re.S)
         for c in nb.cells:
             for o in c.get("outputs", []):
                 for k in [k for k in o.get("data", {}) if k.startswith("image/") or (k == "text/html" and "text/plain" in o["data"])]: del o["data"][k]

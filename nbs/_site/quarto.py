@@ -1,5 +1,5 @@
 "The Quarto notation that the notebooks use, in the words of MyST: callouts, figures, cross references, cell options."
-import re
+import html, re
 
 import yaml
 
@@ -119,6 +119,14 @@ def images(text, page):
         head += [f":{k}: {v}" for k, v in (("alt", options.get("fig-alt") or m[1]), ("width", options.get("width"))) if v]
         return "\n".join([*head, "", m[1], "```"])
     return outside_code(text, change)
+
+
+def flows(text):
+    "A fenced line of steps joined by arrows, `a ─► b ─► c`, becomes a row of steps that wraps on a narrow screen."
+    def one(m):
+        steps = "".join(f"<li>{html.escape(s.strip())}</li>" for s in m[1].split("─►"))
+        return f'```{{raw}} html\n<ol class="flow">{steps}</ol>\n```'
+    return re.sub(r"^```\n([^\n]*─►[^\n]*)\n```$", one, text, flags=re.M)
 
 
 def cell_options(source):
