@@ -133,11 +133,13 @@ def table(self:Recipe)->pd.DataFrame: # Indexed by domain: natural, weight, lo, 
 
 @patch
 def _repr_markdown_(self:Recipe):
-    t = self.table()
-    t = t.assign(**{"90 % interval": [f"{a:.3f} to {b:.3f}" for a, b in zip(t.lo, t.hi)]}).drop(columns=["lo", "hi"]) if "lo" in t else t
-    fmt = lambda c, v: v if isinstance(v, str) else f"{v:.2f}" if c == "passes" else f"{v:.3f}"
-    rows = [f"| {_cell(d)} | " + " | ".join(fmt(c, r[c]) for c in t) + " |" for d, r in t.iterrows()]
-    head = ["| domain | " + " | ".join(t) + " |", "|---|" + "---:|"*t.shape[1]]
+    t, flat = self.table(), self.predicted.get("flat")
+    span = lambda a, b: [f"{x:.3f} to {y:.3f}" for x, y in zip(a, b)]
+    show = {c: [f"{v:.2f}" if c == "passes" else f"{v:.3f}" for v in t[c]] for c in t if c not in ("lo", "hi")}
+    if "lo" in t: show["90 % interval"] = span(t["lo"], t["hi"])
+    if flat: show["free to move"] = span(*(pd.Series(flat[e])[t.index] for e in ("lo", "hi")))
+    rows = [f"| {_cell(d)} | " + " | ".join(v[i] for v in show.values()) + " |" for i, d in enumerate(t.index)]
+    head = ["| domain | " + " | ".join(show) + " |", "|---|" + "---:|"*len(show)]
     return "\n".join(head + rows) + "\n\n" + "\n".join(_facts(self))
 
 # %% ../nbs/06_recipe.ipynb #3b6bf590
@@ -145,6 +147,7 @@ def _facts(r):
     "What recipe `r` knows about its budget and its gains, as Markdown lines."
     out = [f"- budget: {r.budget:,} tokens"] if r.budget is not None else []
     if "mean" in r.predicted: out.append(f"- predicted target {r.predicted['mean']:.4f} ± {r.predicted.get('sd', float('nan')):.4f} (lower is better)")
+    if "flat" in r.predicted: out.append(f"- *free to move*: one weight alone, the others in proportion, at a cost below the seed noise of {r.predicted.get('noise', float('nan')):.4f}")
     for k, v in r.predicted.items():
         if isinstance(v, Mapping) and "gain" in v: out.append(f"- gain over {_cell(k)}: {v['gain']:+.4f} [{v['lo']:+.4f}, {v['hi']:+.4f}], P(gain > 0) = {v['p']:.2f}" + ("" if v.get("feasible", True) else " (breaks the limits)"))
     out += [f"- from {start:.0%} of the run: " + ", ".join(f"{_cell(d)} {w:.3f}" for d, w in m.items()) for start, m in r.stages]
@@ -314,11 +317,17 @@ def _argmins(
     "Minimiser of every posterior draw among the candidates."
     return cand[(np.asarray(surrogate.sample(cand, draws, seed)) + leash).argmin(1)]
 
+def _seen(surrogate):
+    "Observed combined target of the trained mixtures."
+    seen = surrogate.observed
+    return seen[[c for c in seen if c not in surrogate.domains][-1]]
+
 def _hopefuls(surrogate, cand, leash, keep):
-    "The `keep` candidates that could most plausibly be optimal."
-    p = surrogate.predict(cand)
-    low = p["mean"].to_numpy() - 2*p["sd"].to_numpy() + leash
-    return cand[np.argsort(low, kind="stable")[:keep]]
+    "The `keep` candidates that could most plausibly be optimal, among those the runs say something about."
+    p, y = surrogate.predict(cand), _seen(surrogate)
+    sd = p["sd"].to_numpy()
+    low = np.where(sd < 0.5*y.std(), p["mean"].to_numpy() - 2*sd + leash, np.inf)
+    return cand[np.argsort(low, kind="stable")[:max(1, min(keep, int(np.isfinite(low).sum())))]]
 
 # %% ../nbs/06_recipe.ipynb #196c40a8
 def _weight_interval(
@@ -340,7 +349,8 @@ def _weight_interval(
     for i in (1, 2):
         mixed = (r.dirichlet(np.ones(3), keep//2)[:, :, None]*best[r.integers(len(best), size=(keep//2, 3))]).sum(1)
         moved = best[r.integers(len(best), size=keep//2)]*np.exp(0.5/i*r.standard_normal((keep//2, len(w))))
-        cand = np.vstack([w[None], np.unique(best, axis=0), _project(np.vstack([mixed, moved]), lo, hi)])
+        cand = np.vstack([np.unique(best, axis=0), _project(np.vstack([mixed, moved]), lo, hi)])
+        cand = np.vstack([w[None], _hopefuls(surrogate, cand, leash(cand), keep)])
         best = _argmins(surrogate, cand, leash(cand), draws, seed + i)
     a, b = np.quantile(best, [0.05, 0.95], axis=0)
     return np.minimum(a, w), np.maximum(b, w)
@@ -373,10 +383,10 @@ def baselines(
     natural=None, # Natural shares, if known
 )->dict: # Name → Series of shares
     "The mixtures every recipe is compared with: natural, uniform, and the best of the swarm as observed."
-    d, seen = surrogate.domains, surrogate.observed
+    d = surrogate.domains
     out = {} if natural is None else {"natural": _shares(natural, d, "natural")}
     out["uniform"] = pd.Series(1/len(d), index=d)
-    best = seen.loc[seen[[c for c in seen if c not in d][-1]].idxmin(), d].astype(float)
+    best = surrogate.observed.loc[_seen(surrogate).idxmin(), d].astype(float)
     return out | {"best of swarm": (best/best.sum()).rename(None)}
 
 def _gains(surrogate, w, against, lo, hi, draws, seed):
@@ -491,7 +501,7 @@ def next_mixtures(
     caps=None, # Largest share: number, or domain → number
     floors=None, # Smallest share: the same
     pool:pd.DataFrame=None, # Choose among these mixtures only; their index is kept
-    kappa:float=1.0, # Standard deviations of optimism
+    kappa:float=2.0, # Standard deviations of optimism
     seed:int=0, # Seed of candidates and draws
 )->pd.DataFrame: # (n, k) mixtures
     "The next `n` mixtures to train; raises `DataError` when fewer are left. GP-UCB 0912.3995; fantasies as in batch Bayesian optimisation."
