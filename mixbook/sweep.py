@@ -339,7 +339,9 @@ def _jobs(corpus, mixtures, config, seeds, unique_tokens=None):
     seeds = [int(s) for s in (seeds if isinstance(seeds, Iterable) else [seeds])]
     if not len(mixtures) or not seeds: raise DataError(f"expected at least one mixture and one seed, found {len(mixtures)} and {len(seeds)}.")
     jobs = [_Job(proxy_run_id(corpus, w, config, s, unique_tokens), str(label), w, s) for label, w in zip(mixtures.index, mixtures.to_dict("records")) for s in seeds]
-    return list({j.run: j for j in reversed(jobs)}.values())[::-1]
+    first = {}
+    for j in jobs: first.setdefault(j.run, j)
+    return list(first.values())
 
 def _finished(path):
     "Ids of the runs at `path` that need no training."
