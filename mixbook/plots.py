@@ -57,7 +57,7 @@ def _axes(ax, width=6.4, height=3.2):
 def _dress(ax, xlabel="", ylabel="", title=None, grid="x"):
     "Labels, light grid and inks that suit the card; returns `ax`."
     t = _theme(ax)
-    ax.set_xlabel(xlabel, color=t.text, fontsize=9)
+    ax.set_xlabel(xlabel, color=t.text, fontsize=9, linespacing=1.35)
     ax.set_ylabel(ylabel, color=t.text, fontsize=9)
     if title: ax.set_title(title, color=t.text, fontsize=10, loc="left")
     ax.tick_params(colors=t.text, labelsize=8.5, color=t.muted, length=3)
@@ -148,8 +148,16 @@ def _percent(v): return f"{100*v:.0f}" if v >= .0995 else f"{100*v:.1f}" if v >=
 def _share_text(row):
     "The share and, where the natural one is known, the ratio of the two: ('12 %', '2.3×')."
     q = row.get("natural", np.nan)
-    ratio = row["weight"]/q if q > 0 else np.nan
-    return f"{_percent(row['weight'])} %", "" if np.isnan(ratio) else f"{ratio:.0f}×" if ratio >= 99.5 else f"{ratio:.2g}×" if ratio < 1 else f"{ratio:.1f}×"
+    return f"{_percent(row['weight'])} %", _times(row["weight"]/q) if q > 0 else ""
+
+def _times(v):
+    "A factor in words: '0.28×', '4.7×', '120×'."
+    if 0 < v < .005: return "<0.01×"
+    return f"{v:.2f}×" if v < .995 else f"{v:.1f}×" if v < 99.5 else f"{v:.0f}×"
+
+def _column(ax, i, text, offset, colour):
+    "Write `text` right-aligned in a column `offset` points to the right of the axes, in row `i`."
+    ax.annotate(text, (1, i), (offset, 0), xycoords=ax.get_yaxis_transform(), textcoords="offset points", va="center", ha="right", fontsize=8.5, color=colour)
 
 def _rows_axis(ax, names):
     "Names down the y axis, first on top."
@@ -169,7 +177,7 @@ def plot_mixture(
     f = _mixture_frame(recipe)
     if natural is not None: f["natural"] = pd.Series(natural).reindex(f.index)
     f = f.sort_values("weight", ascending=False, kind="stable")
-    ax, y = _axes(ax, height=max(1.5, .26*len(f) + .9)), np.arange(len(f))
+    ax, y = _axes(ax, height=max(1.6, .26*len(f) + 1.05)), np.arange(len(f))
     t, c = _theme(ax), domain_colours(f.index) if colours is None else colours
     ax.barh(y, f["weight"], height=.55, color=[to_rgba(c[d], .35) for d in f.index], lw=0)
     if "natural" in f: ax.plot(f["natural"], y, "D", ms=5.5, mfc="none", mec=t.muted, mew=1.2, ls="none", label="natural share", zorder=4)
@@ -180,16 +188,16 @@ def plot_mixture(
 # %% ../nbs/12_plots.ipynb #0135983b
 def _mixture_text(ax, f, y, title):
     "Numbers to the right of the marks, key below, and the axis."
-    t, right, at = _theme(ax), f.max(axis=1).to_numpy(), dict(xycoords=ax.get_yaxis_transform(), textcoords="offset points", va="center", ha="right", fontsize=8)
+    t, right = _theme(ax), f.max(axis=1).to_numpy()
     for i, (_, row) in enumerate(f.iterrows()):
         share, ratio = _share_text(row)
-        ax.annotate(share, (1, y[i]), (36, 0), color=t.text, **at)
-        if ratio: ax.annotate(ratio, (1, y[i]), (68, 0), color=t.muted, **at)
+        _column(ax, y[i], share, 38, t.text)
+        if ratio: _column(ax, y[i], ratio, 74, t.muted)
     ax.set_xlim(0, right.max()*1.05)
     _rows_axis(ax, f.index)
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0 if right.max() > .05 else None))
     parts = ["dot: recipe"] + ["line: 90 % interval"]*({"lo", "hi"} <= set(f)) + ["◇: natural, ×: ratio to it"]*("natural" in f)
-    return _dress(ax, "share of training tokens   (" + ", ".join(parts) + ")", title=title)
+    return _dress(ax, "share of training tokens\n" + ", ".join(parts), title=title)
 
 # %% ../nbs/12_plots.ipynb #4c91db3a
 _CORNERS = np.array([[0, 0], [1, 0], [.5, np.sqrt(3)/2]])
@@ -326,7 +334,7 @@ def _surface_ternary(surrogate, ax, recipe, natural, what, n):
     _ternary_frame(ax, ds)
     obs, best = _observed_weights(surrogate), grid[int(np.argmin(pred["mean"]))]
     if obs is not None: ax.scatter(*ternary_xy(obs).T, s=14, color="white", ec="#1f2430", lw=.7, zorder=4, label="trained")
-    if natural is not None: ax.scatter(*ternary_xy([pd.Series(natural).reindex(ds)]).T, marker="D", s=44, fc="none", ec="#ffffff", lw=1.5, zorder=5, label="natural")
+    if natural is not None: ax.scatter(*ternary_xy([pd.Series(natural).reindex(ds)]).T, marker="D", s=46, color="#ff7bd5", ec="#1f2430", lw=.9, zorder=5, label="natural")
     if recipe is not None: best = _base_mixture(surrogate, recipe).to_numpy()
     _recipe_region(ax, grid, xy, recipe, ds)
     ax.scatter(*ternary_xy([best]).T, marker="*", s=190, color="#ffd84d", ec="#1f2430", lw=.8, zorder=6, label="best on the surface" if recipe is None else "recipe")
@@ -339,7 +347,7 @@ def _recipe_region(ax, grid, xy, recipe, domains):
     f = _mixture_frame(recipe).reindex(domains)
     if not {"lo", "hi"} <= set(f): return
     outside = np.maximum(f["lo"].to_numpy() - grid, grid - f["hi"].to_numpy()).max(1)
-    if outside.min() < 0: ax.tricontour(*xy.T, outside, levels=[0], colors=["#ffd84d"], linewidths=1.4, linestyles="--", zorder=5)
+    if outside.min() < 0: ax.tricontour(*xy.T, outside, levels=[0], colors=[_theme(ax).text], linewidths=1.2, linestyles="--", zorder=5)
 
 def _ternary_key(ax, filled, surrogate, what):
     "Colour bar with its unit and a legend beside the triangle."
@@ -348,9 +356,10 @@ def _ternary_key(ax, filled, surrogate, what):
     label = _outcome_label(getattr(surrogate, "targets", ["outcome"]))
     bar.set_label(f"predicted {label}" if what == "mean" else f"standard deviation of {label}", color=t.text, fontsize=8.5)
     bar.ax.tick_params(colors=t.text, labelsize=8)
-    bar.ax.yaxis.set_major_locator(MaxNLocator(6))
+    low, high = filled.levels[0], filled.levels[-1]
+    bar.set_ticks([v for v in MaxNLocator(6).tick_values(low, high) if low <= v <= high])
     bar.outline.set_visible(False)
-    marks = {"trained": ("o", "white", "#1f2430"), "natural": ("D", "none", t.muted), "recipe": ("*", "#ffd84d", "#1f2430"), "best on the surface": ("*", "#ffd84d", "#1f2430")}
+    marks = {"trained": ("o", "white", "#1f2430"), "natural": ("D", "#ff7bd5", "#1f2430"), "recipe": ("*", "#ffd84d", "#1f2430"), "best on the surface": ("*", "#ffd84d", "#1f2430")}
     have = [h.get_label() for h in ax.collections if h.get_label() in marks]
     keys = [plt.Line2D([], [], ls="none", marker=marks[o][0], mfc=marks[o][1], mec=marks[o][2] if marks[o][1] == "none" or t is _LIGHT else t.muted, ms=10 if marks[o][0] == "*" else 6, label=o) for o in have]
     if keys: _legend(ax, handles=keys, loc="upper left", borderaxespad=0)
@@ -380,7 +389,7 @@ def _surface_slices(surrogate, ax, recipe, natural, domains, n, colours):
     for i, (d, box) in enumerate(zip(domains, boxes)):
         right = max(1.3*base[d], .1, *([float(obs[d].max())] if obs is not None else [.6]))
         _one_slice(box, surrogate, base, d, np.linspace(0, min(right, 1), n), c[d], natural, obs)
-        box.set_title(_short(d, 22), color=_theme(box).text, fontsize=8.5, loc="left")
+        box.set_title(_short(d, 18), color=_theme(box).text, fontsize=8.5, loc="left")
         if i % cols == 0: box.set_ylabel(label if len(boxes) <= cols else "", color=_theme(box).text, fontsize=8)
     if len(boxes) > cols: host.figure.supylabel(label.replace("\n", " "), color=_theme(host).text, fontsize=9) if ax is None else boxes[0].set_ylabel(label, fontsize=8, color=_theme(host).text)
     if ax is None: host.figure.supxlabel("share of training tokens, the others in proportion   (★ recipe, ◇ natural, ticks: trained)", color=_theme(host).text, fontsize=8.5)
@@ -563,7 +572,8 @@ def plot_confirmation(
         c, said = ink.get(_verdict(row), t.muted), _verdict(row)
         ax.hlines(i, row["lo"], row["hi"], color=c, lw=2.4)
         ax.plot(row["mean"], i, "o", ms=7, color=c)
-        ax.annotate(f"{row['mean']:+.3g}   {said}".replace("-", "−"), (1, i), (6, 0), xycoords=ax.get_yaxis_transform(), textcoords="offset points", va="center", fontsize=8.5, color=c)
+        _column(ax, i, f"{row['mean']:+.4f}".replace("-", "−") if abs(row["mean"]) < .9995 else f"{row['mean']:+.3g}".replace("-", "−"), 48, c)
+        _column(ax, i, said, 118, c)
     ax.axvline(0, color=t.text, lw=1)
     ax.margins(x=.08)
     _rows_axis(ax, names)
@@ -585,14 +595,14 @@ def plot_passes(
     p = recipe if isinstance(recipe, (pd.Series, Mapping)) else recipe.passes(getattr(recipe, "budget", None) if budget is None else budget)
     p = pd.Series(p, dtype=float).dropna().sort_values(ascending=False, kind="stable")
     if not len(p): raise DataError("expected passes of at least one domain, found none. A recipe needs `tokens` per domain and a `budget`.")
-    ax, y, seen = _axes(ax, height=max(1.6, .26*len(p) + .9)), np.arange(len(p)), p[p > 0]
+    ax, y, seen = _axes(ax, height=max(1.6, .26*len(p) + 1.05)), np.arange(len(p)), p[p > 0]
     t, c = _theme(ax), domain_colours(sorted(p.index)) if colours is None else colours
     left = min(seen.min() if len(seen) else .1, 1)/2
     ax.hlines(y, left, p.clip(lower=left), colors=[to_rgba(c[d], .45) for d in p.index], lw=5)
     ax.scatter(p.clip(lower=left), y, s=30, color=[t.bad if v > limit else c[d] for d, v in p.items()], zorder=4)
     ax.axvline(1, color=t.muted, lw=1), ax.axvline(limit, color=t.bad, lw=1.2, ls="--")
-    for i, v in enumerate(p): ax.annotate(f"{v:.2g}×" if v < 100 else f"{v:.0f}×", (max(v, left), i), (8, 0), textcoords="offset points", va="center", fontsize=8, color=t.bad if v > limit else t.muted)
+    for i, v in enumerate(p): _column(ax, i, _times(v), 40, t.bad if v > limit else t.text)
     _log_axis(ax.xaxis, [left, max(p.max(), limit)])
-    ax.set_xlim(left, max(p.max(), limit)*2.2)
+    ax.set_xlim(left, max(p.max(), limit)*1.4)
     _rows_axis(ax, p.index)
-    return _dress(ax, f"passes over the domain's text   (dashed: {limit:g}, repeating costs little up to here)", title=title)
+    return _dress(ax, f"passes over the domain's text\ndashed: {limit:g}, up to which repeating costs little", title=title)
