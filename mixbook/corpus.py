@@ -109,7 +109,9 @@ class _Work:
             if self.start[p] >= hi: break
             if a < b: out.append(np.fromfile(self.folder/f"{p:06d}{ext}", dtype, (b - a) * width, offset=int(a - self.start[p]) * width * np.dtype(dtype).itemsize))
         return np.concatenate(out) if out else np.zeros(0, dtype)
-    def sig(self, docs): return np.concatenate([self.rows(i, i + 1, ".sigs", "<u4", _BINS) for i in docs]).reshape(-1, _BINS)
+    def sig(self, docs):
+        "Signatures of some documents, (n, 128)."
+        return np.concatenate([self.rows(i, i + 1, ".sigs", "<u4", _BINS) for i in docs]).reshape(-1, _BINS)
     def part(self, lo, hi): return np.searchsorted(self.start, np.arange(lo, hi), "right") - 1
     def read(self, part, offset, length):
         "The text of one document."
@@ -196,7 +198,7 @@ def _scan(work, rows=2**20):
     "The plan in slices."
     for lo in range(0, len(work), rows): yield np.fromfile(work.folder/"plan.bin", _PLAN, rows, offset=lo * _PLAN.itemsize)
 
-def _thresholds(work, heldout, few=20_000):
+def _thresholds(work, heldout, near, few=20_000):
     """The cut below which a document is held out, by domain. In a domain of `few` documents it is moved until the share of bytes is
     reached; it always leaves one document on either side. The names of domains where that cannot be done come second."""
     k = len(work.names)
@@ -214,6 +216,9 @@ def _thresholds(work, heldout, few=20_000):
         cut[d] = small["cut"][lo + np.searchsorted(size, heldout * size[-1])] + np.uint64(1)
     lonely = least >= most
     cut[~lonely] = np.clip(cut[~lonely], least[~lonely] + np.uint64(1), most[~lonely])
+    if not near and len(cut): # copies may stand in several domains and must stay on one side: one cut for all
+        cut[:] = min(cut.max(), most.min())
+        lonely |= least >= cut
     return cut, [work.names[d] for d in np.flatnonzero(lonely)]
 
 # %% ../nbs/01_corpus.ipynb #136513b1
@@ -327,7 +332,7 @@ def _build(sources, out, config, reading, *, tokenizer, vocab_size, heldout, nea
     plan, base = folder/"plan.json", run_id([[r["name"], r["stamp"], r["docs"]] for r in records])
     if not plan.exists() or json.loads(plan.read_text())["base"] != base: write_text(plan, json.dumps(dict(base=base, ids=_plan(work, near, reading.errors, seed))))
     lost += Counter({"documents with a repeated id": json.loads(plan.read_text())["ids"]})
-    cut, lonely = _thresholds(work, heldout)
+    cut, lonely = _thresholds(work, heldout, near)
     if lonely and reading.errors != "skip": raise DataError(f"expected at least two different documents in domain {lonely[0]!r}, found fewer after removing duplicates: none is left to hold out. Add documents, merge the domain with another, pass heldout=0, or errors='skip' to leave it out.")
     table = _tally(work, cut)
     encode, token = _tokenised(work, out, cut, table, tokenizer, vocab_size, base)

@@ -59,10 +59,11 @@ def signature(
     h:np.ndarray, # Hashed windows of one document
 )->np.ndarray: # (128,) uint32
     "One-permutation MinHash of `h`: the least hash in each of 128 equal ranges; an empty range borrows from another (Shrivastava 2017, arXiv 1703.04664)."
-    h = np.sort(h)
-    i = np.minimum(np.searchsorted(h, np.arange(_BINS, dtype=np.uint64) << np.uint64(57)), len(h) - 1)
-    full = (h[i] >> np.uint64(57)) == np.arange(_BINS)
-    value = ((h[i] << np.uint64(7)) >> np.uint64(32)).astype(np.uint32)
+    least = np.full(_BINS, 2**64 - 1, np.uint64)
+    where = (h >> np.uint64(57)).astype(np.intp)
+    np.minimum.at(least, where, h)
+    full = np.bincount(where, minlength=_BINS) > 0
+    value = ((least << np.uint64(7)) >> np.uint64(32)).astype(np.uint32)
     if full.all(): return value
     return value[_DONORS[np.arange(_BINS), full[_DONORS].argmax(1)] * ~full + np.arange(_BINS) * full]
 
@@ -79,7 +80,7 @@ def _groups(
     rows:int=2_000_000, # Documents held in memory at a time
 )->Iterator[np.ndarray]: # Ascending numbers of two or more documents that share a key
     "Group documents by key with bounded memory: keys are dealt into partitions, one partition is sorted at a time."
-    parts = max(1, -(-n // rows))
+    parts = -(-n // rows)
     for p in range(parts):
         docs, keys = [], []
         for lo in range(0, n, rows):
@@ -104,18 +105,25 @@ def _union(parent, i, j):
     parent[max(i, j)] = min(i, j)
 
 # %% ../nbs/00a_dedup.ipynb #c1f59494
-def _link_near(parent, groups, sig, text, threshold, roots_only, tries=64):
-    "Unite the documents of each candidate group whose Jaccard similarity reaches `threshold`."
-    shingled = lru_cache(256)(lambda i: shingles(text(i)))
+def _link_near(parent, groups, sig, text, threshold, roots_only, tries=64, most=20_000):
+    """Unite the documents of each candidate group whose Jaccard similarity reaches `threshold`. A group is taken in slices of `most`
+    documents, and each slice gives up after `tries` documents that resemble none of the others."""
+    shingled = lru_cache(256)(lambda i: shingles(text(int(i))))
     for g in groups:
-        left = np.unique([_find(parent, i) for i in g]) if roots_only else g
-        for _ in range(tries):
-            if len(left) < 2: break
-            first, left = left[0], left[1:]
-            left = left[[_find(parent, i) != _find(parent, first) for i in left]]
-            close = left[(sig(left) == sig([first])).mean(1) >= threshold - .15] if len(left) else left
-            for i in close:
-                if jaccard(shingled(int(first)), shingled(int(i))) >= threshold: _union(parent, first, i)
+        root = np.array([_find(parent, i) for i in g])
+        if (root == root[0]).all(): continue
+        if roots_only: g = root = np.unique(root)
+        for lo in range(0, len(g), most):
+            left, roots = g[lo:lo+most], root[lo:lo+most]
+            sigs = sig(left)
+            for _ in range(tries):
+                if len(left) < 2: break
+                for i in np.flatnonzero((roots[1:] != roots[0]) & ((sigs[1:] == sigs[0]).mean(1) >= threshold - .15)) + 1:
+                    if jaccard(shingled(left[0]), shingled(left[i])) >= threshold: _union(parent, left[0], left[i])
+                mine = _find(parent, left[0])
+                roots = np.array([_find(parent, i) for i in left])
+                rest = np.flatnonzero(roots != mine) if roots_only else np.arange(1, len(left))
+                left, roots, sigs = left[rest], roots[rest], sigs[rest]
 
 # %% ../nbs/00a_dedup.ipynb #897ee82e
 def near_duplicates(

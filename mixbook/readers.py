@@ -8,7 +8,7 @@ Docs: https://mixbook.github.io/mixbook/readers.html.md"""
 __all__ = ['readers', 'Source', 'reusable']
 
 # %% ../nbs/00b_readers.ipynb #2f58d743
-import bz2, dataclasses, glob, gzip, hashlib, json, lzma, os, zlib
+import bz2, dataclasses, glob, gzip, hashlib, io, json, lzma, os, zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, islice
@@ -34,7 +34,7 @@ def _open(path):
     suffix = path.suffix.lower()
     if suffix == ".zst":
         import zstandard
-        return zstandard.open(path, "rb")
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True, closefd=True))
     return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(path, "rb")
 
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
