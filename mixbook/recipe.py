@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import DataError, Record, did_you_mean, one_of
+from .sweep import repetition_caps, run_sweep
 
 # %% ../nbs/06_recipe.ipynb #52b22888
 def _labelled(
@@ -401,13 +402,13 @@ def _gains(surrogate, w, against, lo, hi, draws, seed):
     return out
 
 # %% ../nbs/06_recipe.ipynb #fa3d9639
-def _from_corpus(corpus, domains, natural, caps, budget, max_passes=4.0):
+def _from_corpus(corpus, domains, natural, caps, budget):
     "Natural shares, tokens, documents and repetition caps that follow from `corpus`."
     if corpus is None: return natural, None, None, caps
     t = corpus.table
     tokens, docs = (_labelled(t[c], domains, f"corpus {c}") for c in ("tokens", "docs"))
     natural = corpus.natural if natural is None else natural
-    if caps is None and budget is not None: caps = (max_passes*tokens/budget).clip(upper=1.0)
+    if caps is None and budget is not None: caps = repetition_caps(tokens, budget)
     return natural, tokens, docs, caps
 
 def _provenance(surrogate, corpus, **limits):
@@ -549,7 +550,6 @@ def confirm(
     **kwargs, # Passed on to `run_sweep`
 ): # Runs table with column `recipe`, or the plan
     "Train every named mixture with every seed; raises `DataError` on a mixture that does not fit the corpus."
-    from mixbook.sweep import run_sweep
     if not recipes: raise DataError("expected at least one named recipe, found none. Pass {'recipe': recipe, **baselines(surrogate, natural)}.")
     named = pd.DataFrame({n: _shares(getattr(r, "weights", r), list(corpus.domains), f"recipe {n}") for n, r in dict(recipes).items()}).T
     runs = run_sweep(corpus, named.drop_duplicates(), config, path=path, seeds=seeds, study="confirm", n_workers=n_workers, dry=dry, **kwargs)

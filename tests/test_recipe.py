@@ -243,12 +243,11 @@ def test_comparison_edges():
     assert compare_recipes(steps, baseline="a", targets="loss/x")["value"].iloc[0] < 3
 
 def test_confirm_trains_each_mixture_once_and_names_every_recipe(monkeypatch):
-    import mixbook.sweep as sweep
     seen = {}
     def fake(corpus, mixtures, config, *, path, seeds, study, n_workers, dry, **kw):
         seen.update(n=len(mixtures), study=study)
         return pd.DataFrame([{"run": f"{i}-{s}", "seed": s, "step": 1, "loss/x": 1.0, **{f"w/{d}": v for d, v in m.items()}} for i, m in mixtures.reset_index(drop=True).iterrows() for s in seeds])
-    monkeypatch.setattr(sweep, "run_sweep", fake, raising=False)
+    monkeypatch.setattr(R, "run_sweep", fake)
     corpus = type("C", (), {"domains": ["a", "b"]})()
     same = {"a": 0.5, "b": 0.5}
     runs = confirm(corpus, {"recipe": Recipe(weights={"b": 0.9, "a": 0.1}), "uniform": same, "best of swarm": same}, None, path="x")
