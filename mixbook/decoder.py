@@ -241,15 +241,18 @@ class AutogradStep:
         model:nn.Module, # Decoder, its matrices replaced or not
         batch:int, # Windows per model and step
         seq_len:int, # Tokens predicted per window
-    ): self.model = model
-    def _windows(self, w): return w if self.model.models is not None else w[0]
+        dtype:torch.dtype=torch.float32, # bfloat16: matrices multiply in bfloat16, weights stay in float32
+    ): self.model, self.dtype = model, dtype
+    def _losses(self, w):
+        with torch.autocast(w.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return token_losses(self.model, w if self.model.models is not None else w[0]).reshape(w[..., 1:].shape)
     def losses(self, windows):
         "(models, batch, time) losses, without gradients."
-        with torch.no_grad(): return token_losses(self.model, self._windows(windows)).reshape(windows[..., 1:].shape)
+        with torch.no_grad(): return self._losses(windows)
     def __call__(self, windows):
         for p in self.model.parameters():
             if p.grad is not None: p.grad.zero_()
-        loss = token_losses(self.model, self._windows(windows)).reshape(len(windows), -1).mean(1)
+        loss = self._losses(windows).flatten(1).mean(1)
         loss.sum().backward()
         return loss.detach()
 
@@ -276,90 +279,133 @@ def _rotary_table(s, seq_len, dtype, device):
 def _complex(x): return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 # %% ../nbs/02b_decoder.ipynb #632e0217
-def _heads(rows, s, batch, n, at=0):
-    "View of `n` heads from column `at` of (models, batch*time, columns) as (models, batch, kv_heads, group, time, head_dim)."
-    M, R, C = rows.shape
-    x = rows.view(M*batch, R//batch, C)[..., at:at + n*s.head_dim]
-    return x.unflatten(-1, (s.kv_heads, n//s.kv_heads, s.head_dim)).permute(0, 2, 3, 1, 4)
+def _head_views(rows, b, s, batch, T):
+    "Pairs of views that move queries, keys and values between joined `rows` (models, batch*time, columns) and the head-major tensors of `b`."
+    KV, at, out = s.kv_heads, 0, []
+    for o, n in ((b.q, s.heads), (b.k, KV), (b.v, KV)):
+        cols = rows.view(-1, T, rows.shape[-1])[..., at:at + n*s.head_dim].unflatten(-1, (KV, -1)).transpose(1, 2)
+        out.append((o.view(-1, KV, T, n//KV*s.head_dim), cols))
+        at += n*s.head_dim
+        if at >= rows.shape[-1]: break
+    return out
 
-def _attend(b, w, s, batch):
-    "Forward: normalised input `b.n1` to heads `b.o`, keeping `b.q, b.k, b.v, b.P`."
-    torch.bmm(b.n1, w.qkv.mT, out=b.rot)
-    z = _complex(b.rot.view(-1, b.table.shape[0], s.qkv))
-    torch.mul(z, b.table, out=z)
-    for to, n, at in ((b.q, s.heads, 0), (b.k, s.kv_heads, s.width), (b.v, s.kv_heads, s.width + s.kv_heads*s.head_dim)):
-        to.view(-1, s.kv_heads, n//s.kv_heads, b.table.shape[0], s.head_dim).copy_(_heads(b.rot, s, batch, n, at))
-    torch.bmm(b.q, b.k.mT, out=b.P)
-    torch.softmax(b.P.add_(b.mask), -1, out=b.P)
-    torch.bmm(b.P, b.v, out=b.t.q)
-    _heads(b.o, s, batch, s.heads).copy_(b.t.q.view(-1, s.kv_heads, s.heads//s.kv_heads, b.table.shape[0], s.head_dim))
+def _span_views(b, t, cuts, mask, G):
+    "For each span of time: the views that forward and backward use."
+    rows = lambda x, a, z: x[:, a*G:z*G]
+    for i, (a, z) in enumerate(zip(cuts, cuts[1:])):
+        P, dP = b.P[i], t.P[i]
+        yield Namespace(P=P, PT=P.mT, edge=P[..., a:z], mask=mask[i], dP=dP, dPT=dP.mT, q=rows(b.q, a, z), o=rows(t.q, a, z), do=rows(t.do, a, z), k=b.k[:, :z], kT=b.k[:, :z].mT,
+                        v=b.v[:, :z], vT=b.v[:, :z].mT, dk=t.k[:, :z], dv=t.v[:, :z], more=float(z < cuts[-1]))
 
 # %% ../nbs/02b_decoder.ipynb #c10b8e28
-def _attend_back(do, b, w, g, s, batch):
-    "Backward: gradient `do` of heads to gradients `g.qkv` of the matrix and `b.t.n` of the normalised input."
-    t, T = b.t, b.table.shape[0]
-    t.q.view(-1, s.kv_heads, s.heads//s.kv_heads, T, s.head_dim).copy_(_heads(do, s, batch, s.heads))
-    torch.bmm(b.P.mT, t.q, out=t.v)
-    torch.bmm(t.q, b.v.mT, out=t.P)
-    torch.ops.aten._softmax_backward_data.out(t.P, b.P, -1, t.P.dtype, grad_input=t.P)
-    torch.bmm(t.P.mT, b.q, out=t.k)
-    torch.bmm(t.P, b.k, out=t.q)
-    for of, n, at in ((t.q, s.heads, 0), (t.k, s.kv_heads, s.width), (t.v, s.kv_heads, s.width + s.kv_heads*s.head_dim)):
-        _heads(t.rot, s, batch, n, at).copy_(of.view(-1, s.kv_heads, n//s.kv_heads, T, s.head_dim))
-    z = _complex(t.rot.view(-1, T, s.qkv))
-    torch.mul(z, b.turn_back, out=z)
-    torch.bmm(t.rot.mT, b.n1, out=g.qkv)
+def _attend(b, w):
+    "Forward: normalised input `b.n1` to heads `b.o`, keeping `b.q, b.k, b.v, b.P`."
+    torch.bmm(b.n1, w.qkvT, out=b.rot)
+    torch.mul(b.z, b.turn, out=b.z)
+    for to, of in b.split: to.copy_(of)
+    for c in b.spans:
+        torch.bmm(c.q, c.kT, out=c.P)
+        c.edge.add_(c.mask)
+        torch.softmax(c.P, -1, out=c.P)
+        torch.bmm(c.P, c.v, out=c.o)
+    b.join[1].copy_(b.join[0])
+
+def _attend_back(do, b, w, g):
+    "Backward: gradient `do` of heads (in `b.t.n`) to gradients `g.qkv` of the matrix and `b.t.n` of the normalised input."
+    t = b.t
+    t.take[0].copy_(t.take[1])
+    for c in b.spans[::-1]:
+        torch.baddbmm(c.dv, c.PT, c.do, beta=c.more, out=c.dv)
+        torch.bmm(c.do, c.vT, out=c.dP)
+        torch.ops.aten._softmax_backward_data.out(c.dP, c.P, -1, c.P.dtype, grad_input=c.dP)
+        torch.baddbmm(c.dk, c.dPT, c.q, beta=c.more, out=c.dk)
+        torch.bmm(c.dP, c.k, out=c.o)
+    for of, to in t.split: to.copy_(of)
+    torch.mul(t.z, b.turn_back, out=t.z)
+    torch.bmm(t.rotT, b.n1, out=g.qkv)
     torch.bmm(t.rot, w.qkv, out=t.n)
 
 # %% ../nbs/02b_decoder.ipynb #70e5e3ea
-def _block(x, b, w, s, batch):
+def _block(x, b, w):
     "Forward: add a block to the stream `x` in place, keeping what the gradient needs in `b`."
     _norm(x, b.n1, b.r1)
-    _attend(b, w, s, batch)
-    x.baddbmm_(b.o, w.out.mT)
-    torch.bmm(_norm(x, b.n2, b.r2), w.up.mT, out=b.gu)
-    gate, value = b.gu.chunk(2, -1)
-    torch.mul(torch.ops.aten.silu.out(gate, out=b.silu), value, out=b.a)
-    x.baddbmm_(b.a, w.down.mT)
+    _attend(b, w)
+    x.baddbmm_(b.o, w.outT)
+    torch.bmm(_norm(x, b.n2, b.r2), w.upT, out=b.gu)
+    torch.ops.aten.silu.out(b.gate, out=b.silu)
+    torch.mul(b.silu, b.value, out=b.a)
+    x.baddbmm_(b.a, w.downT)
 
-def _block_back(dx, b, w, g, s, batch):
+def _block_back(dx, dxT, b, w, g):
     "Backward: gradients of the matrices to `g`, gradient of the stream `dx` in place."
-    t, (gate, value) = b.t, b.gu.chunk(2, -1)
-    torch.bmm(dx.mT, b.a, out=g.down)
-    da, (dgate, dvalue) = torch.bmm(dx, w.down, out=t.a), t.gu.chunk(2, -1)
-    torch.mul(da, b.silu, out=dvalue)
-    torch.ops.aten.silu_backward.grad_input(da.mul_(value), gate, grad_input=dgate)
-    torch.bmm(t.gu.mT, b.n2, out=g.up)
+    t = b.t
+    torch.bmm(dxT, b.a, out=g.down)
+    torch.bmm(dx, w.down, out=t.a)
+    torch.mul(t.a, b.silu, out=t.value)
+    torch.ops.aten.silu_backward.grad_input(t.a.mul_(b.value), b.gate, grad_input=t.gate)
+    torch.bmm(t.guT, b.n2, out=g.up)
     _norm_back(torch.bmm(t.gu, w.up, out=t.n), b.n2, b.r2, t.m, dx)
-    torch.bmm(dx.mT, b.o, out=g.out)
-    _attend_back(torch.bmm(dx, w.out, out=t.n), b, w, g, s, batch)
+    torch.bmm(dxT, b.o, out=g.out)
+    _attend_back(torch.bmm(dx, w.out, out=t.n), b, w, g)
     _norm_back(t.n, b.n1, b.r1, t.m, dx)
 
 # %% ../nbs/02b_decoder.ipynb #e5ba3067
+class _Memory:
+    "Takes named tensors and the views into them, once."
+    def __init__(self, s, M, batch, T, like, spans):
+        self.s, self.M, self.batch, self.T, self.G, self.like = s, M, batch, T, s.heads//s.kv_heads, like
+        self.cuts = [T*i//spans for i in range(spans + 1)]
+        turn = _rotary_table(s, T, like.dtype, like.device)
+        mask = lambda n: torch.full((n, n), -math.inf, dtype=like.dtype, device=like.device).triu_(1).repeat_interleave(self.G, 0)
+        self.mask, self.shared = [mask(z - a) for a, z in zip(self.cuts, self.cuts[1:])], dict(turn=turn, turn_back=turn.conj().resolve_conj().clone())
+    def new(self, *n): return torch.empty(n, dtype=self.like.dtype, device=self.like.device)
+    def rows(self, *n): return self.new(self.M, self.batch*self.T, *n)
+    def common(self):
+        "What a block has for itself in the forward pass and the blocks share in the backward pass."
+        s, T, N = self.s, self.T, self.M*self.batch*self.s.kv_heads
+        heads = dict(q=self.new(N, T*self.G, s.head_dim), k=self.new(N, T, s.head_dim), v=self.new(N, T, s.head_dim), P=[self.new(N, (z - a)*self.G, z) for a, z in zip(self.cuts, self.cuts[1:])])
+        b = Namespace(**heads, rot=self.rows(s.qkv), gu=self.rows(2*s.hidden), a=self.rows(s.hidden))
+        b.gate, b.value = b.gu.chunk(2, -1)
+        b.z, b.rotT, b.guT = _complex(b.rot.view(-1, T, s.qkv)), b.rot.mT, b.gu.mT
+        b.split = _head_views(b.rot, b, s, self.batch, T)
+        return b
+    def scratch(self):
+        "Gradients on their way back, one set for all blocks."
+        t = self.common()
+        t.n, t.m, t.do = self.rows(self.s.width), self.rows(self.s.width), torch.empty_like(t.q)
+        t.take = _head_views(t.n, Namespace(q=t.do, k=None, v=None), self.s, self.batch, self.T)[0]
+        return t
+    def block(self, t):
+        "What one block keeps for its gradient."
+        b, d = self.common(), self.s.width
+        b.n1, b.r1, b.n2, b.r2, b.o, b.silu, b.t = self.rows(d), self.rows(1), self.rows(d), self.rows(1), self.rows(d), self.rows(self.s.hidden), t
+        b.join = _head_views(b.o, Namespace(q=t.q, k=None, v=None), self.s, self.batch, self.T)[0]
+        b.spans = list(_span_views(b, t, self.cuts, self.mask, self.G))
+        vars(b).update(self.shared)
+        return b
+
+# %% ../nbs/02b_decoder.ipynb #7d4ffecf
 class HandStep:
-    "Losses and gradients of a plain `Decoder`, one or stacked, without autograd; the same numbers as `AutogradStep`. Memory is taken once."
+    "Losses and gradients of a plain `Decoder`, one or stacked, without autograd; the same numbers as `AutogradStep`."
     def __init__(self,
         model:Decoder, # Decoder whose gradients exist (see `flatten`)
         batch:int, # Windows per model and step
         seq_len:int, # Tokens predicted per window
+        spans:int|None=None, # Spans of time in attention; None: of 32 tokens, at most eight
     ):
-        s, M, R, ref = model.config.shape, model.models or 1, batch*seq_len, model.embed.weight
-        new = lambda *n: torch.empty(n, dtype=ref.dtype, device=ref.device)
-        get = lambda lin: tuple(o if o.dim() == 3 else o[None] for o in (lin.weight.data, lin.weight.grad))
-        N, T, d, KV = M*batch*s.kv_heads, seq_len, s.width, s.kv_heads*s.head_dim
-        shared = dict(table=_rotary_table(s, T, ref.dtype, ref.device), mask=torch.full((T, T), -math.inf, dtype=ref.dtype, device=ref.device).triu_(1).repeat(s.heads//s.kv_heads, 1))
-        shared["turn_back"] = shared["table"].conj().resolve_conj().clone()
-        heads = lambda: dict(q=new(N, s.heads//s.kv_heads*T, s.head_dim), k=new(N, T, s.head_dim), v=new(N, T, s.head_dim), P=new(N, s.heads//s.kv_heads*T, T))
-        t = Namespace(**heads(), rot=new(M, R, s.qkv), n=new(M, R, d), m=new(M, R, d), a=new(M, R, s.hidden), gu=new(M, R, 2*s.hidden))
-        saved = lambda: Namespace(n1=new(M, R, d), r1=new(M, R, 1), n2=new(M, R, d), r2=new(M, R, 1), rot=new(M, R, s.qkv), **heads(), o=new(M, R, d),
-                                  gu=new(M, R, 2*s.hidden), silu=new(M, R, s.hidden), a=new(M, R, s.hidden), t=t, **shared)
-        self.s, self.batch, self.M, self.E, self.dE = s, batch, M, *get(model.embed)
-        self.top = Namespace(x0=new(M, R, d), x=new(M, R, d), dx=new(M, R, d), r0=new(M, R, 1), n0=new(M, R, d), n=new(M, R, d), r=new(M, R, 1), p=new(M, R, s.vocab), t=t, minus=-torch.ones(M, R, 1, dtype=ref.dtype, device=ref.device))
-        self.saved = [saved() for _ in model.blocks]
-        pick = lambda b, i: Namespace(qkv=get(b.attn.qkv)[i], out=get(b.attn.out)[i], up=get(b.mlp.up)[i], down=get(b.mlp.down)[i])
-        self.w, self.g = [pick(b, 0) for b in model.blocks], [pick(b, 1) for b in model.blocks]
+        s, M, like = model.config.shape, model.models or 1, model.embed.weight
+        mem = _Memory(s, M, batch, seq_len, like, spans or min(8, max(1, seq_len//32)))
+        three = lambda o: o if o.dim() == 3 else o[None]
+        t, d = mem.scratch(), s.width
+        self.M, self.E, self.dE = M, three(like.data), three(like.grad)
+        self.top = Namespace(x0=mem.rows(d), x=mem.rows(d), dx=mem.rows(d), r0=mem.rows(1), n0=mem.rows(d), n=mem.rows(d), r=mem.rows(1), p=mem.rows(s.vocab), t=t, minus=mem.rows(1).fill_(-1))
+        self.blocks = []
+        for b in model.blocks:
+            lins = dict(qkv=b.attn.qkv, out=b.attn.out, up=b.mlp.up, down=b.mlp.down)
+            w = {k: three(l.weight.data) for k, l in lins.items()}
+            self.blocks.append((mem.block(t), Namespace(**w, **{k + "T": o.mT for k, o in w.items()}), Namespace(**{k: three(l.weight.grad) for k, l in lins.items()})))
 
-# %% ../nbs/02b_decoder.ipynb #7d4ffecf
+# %% ../nbs/02b_decoder.ipynb #147c5dad
 @patch
 @torch.no_grad()
 def _forward(self:HandStep, windows):
@@ -368,7 +414,7 @@ def _forward(self:HandStep, windows):
     read, want = windows[..., :-1].reshape(M, -1), windows[..., 1:].reshape(M, -1, 1)
     for m in range(M): torch.index_select(self.E[m], 0, read[m], out=o.x0[m])
     o.x.copy_(_norm(o.x0, o.n0, o.r0))
-    for b, w in zip(self.saved, self.w): _block(o.x, b, w, self.s, self.batch)
+    for b, w, _ in self.blocks: _block(o.x, b, w)
     torch.bmm(_norm(o.x, o.n, o.r), self.E.mT, out=o.p)
     torch.softmax(o.p, -1, out=o.p)
     return o.p.gather(-1, want).squeeze(-1).log_().neg_(), read, want
@@ -378,7 +424,7 @@ def losses(self:HandStep, windows):
     "(models, batch, time) losses, without gradients."
     return self._forward(windows)[0].view(windows[..., 1:].shape)
 
-# %% ../nbs/02b_decoder.ipynb #147c5dad
+# %% ../nbs/02b_decoder.ipynb #dfdb9ffb
 @patch
 @torch.no_grad()
 def __call__(self:HandStep, windows):
@@ -389,7 +435,8 @@ def __call__(self:HandStep, windows):
     torch.baddbmm(self.dE, o.p.mT, o.n, beta=0, alpha=scale, out=self.dE)
     torch.baddbmm(o.t.n, o.p, self.E, beta=0, alpha=scale, out=o.t.n)
     _norm_back(o.t.n, o.n, o.r, o.t.m, o.dx.zero_())
-    for b, w, g in zip(self.saved[::-1], self.w[::-1], self.g[::-1]): _block_back(o.dx, b, w, g, self.s, self.batch)
+    dxT = o.dx.mT
+    for b, w, g in self.blocks[::-1]: _block_back(o.dx, dxT, b, w, g)
     _norm_back(o.dx, o.n0, o.r0, o.t.m, o.t.n.zero_())
     for m in range(M): self.dE[m].index_add_(0, read[m], o.t.n[m])
     return loss.mean(1)
@@ -399,8 +446,9 @@ def gradients(
     model:nn.Module, # Decoder, flattened
     batch:int, # Windows per model and step
     seq_len:int, # Tokens predicted per window
-): # `HandStep` for a plain decoder, `AutogradStep` where a matrix was replaced
+    dtype:torch.dtype=torch.float32, # Type of the products
+): # `HandStep` or `AutogradStep`
     "The fastest way to the gradients of `model`."
-    lins = [m for b in model.blocks for m in (b.attn.qkv, b.attn.out, b.mlp.up, b.mlp.down)] + [model.embed]
-    plain = type(model) is Decoder and all(type(l) is Linear and l.weight.dtype in (torch.float32, torch.float64) for l in lins)
-    return (HandStep if plain else AutogradStep)(model, batch, seq_len)
+    lins = [model.embed, *(m for b in model.blocks for m in (b.attn.qkv, b.attn.out, b.mlp.up, b.mlp.down))]
+    plain = type(model) is Decoder and dtype != torch.bfloat16 and all(type(l) is Linear and l.weight.dtype in (torch.float32, torch.float64) for l in lins)
+    return HandStep(model, batch, seq_len) if plain else AutogradStep(model, batch, seq_len, dtype)
