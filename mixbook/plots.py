@@ -336,18 +336,30 @@ def _surface_ternary(surrogate, ax, recipe, natural, what, n):
     if obs is not None: ax.scatter(*ternary_xy(obs).T, s=14, color="white", ec="#1f2430", lw=.7, zorder=4, label="trained")
     if natural is not None: ax.scatter(*ternary_xy([pd.Series(natural).reindex(ds)]).T, marker="D", s=46, color="#ff7bd5", ec="#1f2430", lw=.9, zorder=5, label="natural")
     if recipe is not None: best = _base_mixture(surrogate, recipe).to_numpy()
-    _recipe_region(ax, grid, xy, recipe, ds)
+    _recipe_region(ax, recipe, ds)
     ax.scatter(*ternary_xy([best]).T, marker="*", s=190, color="#ffd84d", ec="#1f2430", lw=.8, zorder=6, label="best on the surface" if recipe is None else "recipe")
     return _ternary_key(ax, filled, surrogate, what)
 
 # %% ../nbs/12_plots.ipynb #1eb3fea1
-def _recipe_region(ax, grid, xy, recipe, domains):
+def _box_corners(lo, hi):
+    "Corners of the mixtures of three domains between `lo` and `hi`, in the order in which they bound the region."
+    found = []
+    for i, j, m in ((0, 1, 2), (0, 2, 1), (1, 2, 0)):
+        for a in (lo[i], hi[i]):
+            for b in (lo[j], hi[j]):
+                w = np.zeros(3)
+                w[[i, j, m]] = a, b, 1 - a - b
+                if lo[m] - 1e-12 <= w[m] <= hi[m] + 1e-12: found.append(w)
+    xy = ternary_xy(np.array(found).reshape(-1, 3))
+    return xy[np.argsort(np.arctan2(*(xy - xy.mean(0)).T[::-1]))] if len(xy) > 2 else xy
+
+def _recipe_region(ax, recipe, domains):
     "A dashed line around the mixtures inside all intervals of `recipe`."
     if recipe is None: return
     f = _mixture_frame(recipe).reindex(domains)
     if not {"lo", "hi"} <= set(f): return
-    outside = np.maximum(f["lo"].to_numpy() - grid, grid - f["hi"].to_numpy()).max(1)
-    if outside.min() < 0: ax.tricontour(*xy.T, outside, levels=[0], colors=[_theme(ax).text], linewidths=1.2, linestyles="--", zorder=5)
+    xy = _box_corners(f["lo"].clip(0, 1).to_numpy(), f["hi"].clip(0, 1).to_numpy())
+    if len(xy) > 2: ax.add_patch(plt.Polygon(xy, fill=False, ec=_theme(ax).text, lw=1.2, ls="--", zorder=5))
 
 def _ternary_key(ax, filled, surrogate, what):
     "Colour bar with its unit and a legend beside the triangle."
@@ -386,13 +398,14 @@ def _surface_slices(surrogate, ax, recipe, natural, domains, n, colours):
     c = domain_colours(surrogate.domains) if colours is None else colours
     host, boxes, cols = _panels(ax, len(domains))
     label = _outcome_label(getattr(surrogate, "targets", ["outcome"])).replace(" (", "\n(")
+    key = ["★ best trained" if recipe is None else "★ recipe"] + ["◇ natural"]*(natural is not None) + ["ticks: trained"]*(obs is not None)
     for i, (d, box) in enumerate(zip(domains, boxes)):
         right = max(1.3*base[d], .1, *([float(obs[d].max())] if obs is not None else [.6]))
         _one_slice(box, surrogate, base, d, np.linspace(0, min(right, 1), n), c[d], natural, obs)
         box.set_title(_short(d, 18), color=_theme(box).text, fontsize=8.5, loc="left")
         if i % cols == 0: box.set_ylabel(label if len(boxes) <= cols else "", color=_theme(box).text, fontsize=8)
     if len(boxes) > cols: host.figure.supylabel(label.replace("\n", " "), color=_theme(host).text, fontsize=9) if ax is None else boxes[0].set_ylabel(label, fontsize=8, color=_theme(host).text)
-    if ax is None: host.figure.supxlabel("share of training tokens, the others in proportion   (★ recipe, ◇ natural, ticks: trained)", color=_theme(host).text, fontsize=8.5)
+    if ax is None: host.figure.supxlabel("share of training tokens, the others in proportion   (" + ", ".join(key) + ")", color=_theme(host).text, fontsize=8.5)
     return host
 
 # %% ../nbs/12_plots.ipynb #a9686135
