@@ -383,7 +383,7 @@ def _plan(corpus, config, jobs, todo, workers, how, device):
     available, n = corpus.table["tokens"].astype(float), len(todo)
     read = pd.DataFrame([j.weights for j in (todo or jobs)]).max()*config.train_tokens
     domains = pd.DataFrame({"available": available, "read": read, "passes": read/available})
-    seconds = estimate_seconds(config, corpus, n=math.ceil(n/max(workers, 1)), device=device) if n else 0.
+    seconds = estimate_seconds(config, corpus, n=math.ceil(n/max(workers, 1)), how=how, device=device) if n else 0.
     return SweepPlan(pd.DataFrame([(j.run, j.mixture, j.seed) for j in todo], columns=["run", "mixture", "seed"]), len(jobs) - n, config.n_params, n*config.train_tokens,
                      n*config.train_tokens*flops_per_token(config), float(seconds), workers, how, domains)
 
@@ -392,7 +392,7 @@ def _train_group(corpus, jobs, config, how, unique_tokens, device):
     "Train `jobs` and return one list of rows for each."
     from mixbook.proxy import train_proxies, train_proxy
     if len(jobs) == 1: proxies = [train_proxy(corpus, jobs[0].weights, config, seed=jobs[0].seed, unique_tokens=unique_tokens, device=device, progress=False)]
-    else: proxies = train_proxies(corpus, [j.weights for j in jobs], config, seeds=[j.seed for j in jobs], how=how, unique_tokens=unique_tokens, device=device, progress=False)
+    else: proxies = train_proxies(corpus, [j.weights for j in jobs], config, seeds=[j.seed for j in jobs], how=how, stack=len(jobs), unique_tokens=unique_tokens, device=device, progress=False)
     return [[p.row | ({"error": p.message} if p.message else {})] for p in proxies]
 
 # %% ../nbs/04_sweep.ipynb #6699291b
