@@ -23,7 +23,7 @@ def shown(cell):
         data = o.get("data", {})
         if o.get("name") == "stderr" or any(k.startswith("image/") for k in data): continue
         best = next((data[k] for k in ("text/markdown", "text/html", "text/plain") if k in data), o.get("text", ""))
-        out.append(re.sub(r"<style.*?</style>|<[^>]+>", " ", text(best), flags=re.S))
+        out.append(re.sub(r"<style.*?</style>| at 0x[0-9a-fA-F]+|<[^>]+>", " ", text(best), flags=re.S))
     return " ".join(" ".join(out).split())
 
 

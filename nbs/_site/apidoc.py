@@ -65,7 +65,12 @@ class Module:
         while line - 1 in self.alone: line -= 1; above.insert(0, self.comments[line])
         return " ".join(above)
 
-    def _unparse(self, node): return "" if node is None else (ast.get_source_segment(self.text, node) or ast.unparse(node))
+    def _unparse(self, node):
+        "The text of `node` as the author wrote it (the library's own function splits the whole file at every call)."
+        if node is None: return ""
+        first, last = node.lineno - 1, node.end_lineno - 1
+        if first != last: return ast.unparse(node)
+        return self.lines[first].encode()[node.col_offset:node.end_col_offset].decode()
 
     def _patched(self, node):
         "A function marked `@patch` belongs to the class that annotates its first argument."
