@@ -394,6 +394,7 @@ class HandStep:
         spans:int|None=None, # Spans of time in attention; None: of 32 tokens, at most eight
     ):
         s, M, like = model.config.shape, model.models or 1, model.embed.weight
+        if like.grad is None: raise DataError("expected a model whose gradients have their memory, found `grad` None; call `flatten(model)` first.")
         mem = _Memory(s, M, batch, seq_len, like, spans or min(8, max(1, seq_len//32)))
         three = lambda o: o if o.dim() == 3 else o[None]
         t, d = mem.scratch(), s.width
