@@ -3,9 +3,9 @@ __version__ = "0.1.0"
 
 
 def _where():
-    "Public name to module, from the index that the notebooks export."
+    "Public name to module, from the index that the notebooks export; the commands of the shell stay in `mixbook.cli`."
     from mixbook._modidx import d
-    public = (s.split(".")[1:] for syms in d["syms"].values() for s in syms)
+    public = (s.split(".")[1:] for module, syms in d["syms"].items() if module != "mixbook.cli" for s in syms)
     return {n[1]: n[0] for n in public if len(n) == 2 and not n[1].startswith("_")}
 
 

@@ -1,5 +1,5 @@
 "Reference entries of the site, read from the exported modules: no import, no execution, types as the author wrote them."
-import ast, html, io, tokenize
+import ast, html, io, re, tokenize
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -72,6 +72,10 @@ class Module:
         if first != last: return ast.unparse(node)
         return self.lines[first].encode()[node.col_offset:node.end_col_offset].decode()
 
+    def _default(self, node):
+        "A default as a reader understands it: `field(default_factory=dict)` is `dict()`."
+        return re.sub(r"^(?:dataclasses\.)?field\(default_factory=([\w.]+)\)$", r"\1()", self._unparse(node))
+
     def _patched(self, node):
         "A function marked `@patch` belongs to the class that annotates its first argument."
         marks = {ast.unparse(d).split("(")[0] for d in node.decorator_list}
@@ -118,7 +122,7 @@ class Module:
         is_data = any("dataclass" in ast.unparse(d) for d in node.decorator_list)
         if init: made = self._function(init, node.name); params, call = made.params, made.call.replace(".__init__", "", 1)
         elif is_data:
-            params = tuple(Param(f.target.id, self._unparse(f.annotation), self._unparse(f.value), self._says(f.end_lineno)) for f in fields)
+            params = tuple(Param(f.target.id, self._unparse(f.annotation), self._default(f.value), self._says(f.end_lineno)) for f in fields)
             call = f"{node.name}({', '.join(p.name + (f'={p.default}' if p.default else '') for p in params)})"
         else: params, call = (), node.name
         members = tuple(self._function(n, node.name) for n in defs if not n.name.startswith("_"))
@@ -158,15 +162,15 @@ def _code(text):
     return f"{tick}{_cell(text)}{tick}"
 
 
-def table(params, returns=None, what="Parameter"):
+def table(params, returns=None, what="Parameter", link=lambda s: s):
     "Markdown table of `params`; columns that would be empty are left out."
     rows = list(params)
     if not any(p.doc or p.type for p in [*rows, *([returns] if returns else [])]): return ""
     cols = [c for c in ("type", "default") if any(getattr(p, c) for p in rows) or (c == "type" and returns and returns.type)]
     head = [what, *(c.capitalize() for c in cols), "Details"]
     out = [head, ["---"] * len(head)]
-    out += [[_code(p.name), *(_code(getattr(p, c)) for c in cols), _cell(p.doc)] for p in rows]
-    if returns: out.append(["**returns**", *(_code(getattr(returns, c)) if c == "type" else "" for c in cols), _cell(returns.doc)])
+    out += [[_code(p.name), *(_code(getattr(p, c)) for c in cols), link(_cell(p.doc))] for p in rows]
+    if returns: out.append(["**returns**", *(_code(getattr(returns, c)) if c == "type" else "" for c in cols), link(_cell(returns.doc))])
     return "\n".join("| " + " | ".join(r) + " |" for r in out)
 
 
@@ -195,7 +199,7 @@ def source_html(source):
             f"<pre>{code.rstrip()}\n</pre></div></div></details>")
 
 
-def entry(symbol, level=3, shown=(), link=lambda s: s):
+def entry(symbol, level=3, shown=(), link=lambda text, own=(): text):
     "The reference entry of `symbol` as MyST Markdown."
     private = [a for a in (*symbol.anchors, *(m.name for m in symbol.members if not (m.doc or m.kind == "property" or m.params))) if a not in shown]
     is_class = symbol.kind in ("class", "dataclass")
@@ -203,12 +207,14 @@ def entry(symbol, level=3, shown=(), link=lambda s: s):
     based = f"({', '.join(symbol.bases)})" if is_class and symbol.call == symbol.name and symbol.bases else ""
     gives = f" -> {symbol.returns.type}" if symbol.returns and symbol.returns.type else ""
     head = word + wrap_call(symbol.call, word + gives) + based + gives
+    own = {p.name.lstrip("*") for p in symbol.params} | {symbol.name}
+    mention = lambda text: link(text, own)
     parts = ["".join(anchor(a) for a in (symbol.name, *private)),
              f"{'#' * level} `{symbol.name}`",
              f"```{{code-block}} python\n:class: api-signature\n{head}\n```",
-             link(symbol.doc)]
-    params = table(symbol.params, symbol.returns, "Field" if symbol.kind == "dataclass" else "Parameter")
-    if params: parts.append("```{div} api-table\n" + link(params) + "\n```")
+             mention(symbol.doc)]
+    params = table(symbol.params, symbol.returns, "Field" if symbol.kind == "dataclass" else "Parameter", mention)
+    if params: parts.append("```{div} api-table\n" + params + "\n```")
     members = member_table(symbol, shown) if is_class else ""
     if members: parts.append("```{div} api-table api-members\n" + members + "\n```")
     parts.append("```{raw} html\n" + source_html(symbol.source) + "\n```" if "```" not in symbol.source else

@@ -114,19 +114,29 @@ def _output(o):
 
 def linker(pages, base):
     "A function that links the backticked public names of a text to their place in the reference."
-    where = {}
+    where, owners, arguments = {}, {}, set()
+    stems = {p.module for p in pages}
+    for page in pages:
+        if not page.module: continue
+        for name, symbol in apidoc.module(root / "mixbook" / f"{page.module}.py").symbols.items():
+            owners.setdefault(name, []).append(page.module)
+            arguments |= {p.name for p in symbol.params}
+    # A bare word links only where it can mean nothing else: not a module, a command of the shell, or a common argument.
+    def plain(name, module): return name not in stems and module != "cli" and len(set(owners[name]) - {"cli"}) == 1 and (name not in arguments or "_" in name)
     for page in pages:
         if not page.module: continue
         for name in apidoc.module(root / "mixbook" / f"{page.module}.py").symbols:
             if any(part.startswith("_") for part in name.split(".")): continue
             url = f"{base}/{page.name}.html#{name.lower()}"
-            where.setdefault(name, url)
-            for lead in (f"{page.module}.", f"mixbook.{page.module}.", "mb.", "mixbook."): where.setdefault(lead + name, url)
-    def one(m):
-        url = where.get(m[1].removesuffix("()"))
-        return f"[`{m[1]}`]({url})" if url else m[0]
-    def line(text): return text if text.startswith(("#", "    ", "![")) else re.sub(r"(?<![\[`])`([\w.]+(?:\(\))?)`(?!`)", one, text)
-    return lambda text: quarto.outside_code(text, line)
+            if plain(name, page.module): where[name] = url
+            for lead in (f"{page.module}.", f"mixbook.{page.module}.", *(() if page.module == "cli" else ("mb.", "mixbook."))): where.setdefault(lead + name, url)
+    def do(text, own=()):
+        def one(m):
+            name = m[1].removesuffix("()")
+            return f"[`{m[1]}`]({where[name]})" if name in where and name not in own else m[0]
+        def line(text): return text if text.startswith(("#", "    ", "![")) else re.sub(r"(?<![\[`])`([\w.]+(?:\(\))?)`(?!`)", one, text)
+        return quarto.outside_code(text, line)
+    return do
 
 
 # ---------------------------------------------------------------- staging
@@ -244,7 +254,7 @@ def write_stage(folder):
         page.nb, matter, page.module = processed(nbs / p)
         page.title = str(matter.get("title") or site["title"])
         page.description = str(matter.get("description") or "")
-    link = linker(pages.values(), base)
+    link = linker(list(pages.values()), base)
 
     def page_of(target, source):
         if not target.endswith(".ipynb") or "://" in target: return None
