@@ -73,7 +73,18 @@ def test_notebook_is_clean(path):
             assert out["output_type"] != "error", f"error output: {out.get('evalue')}"
             assert not any("widget" in m for m in out.get("data", {})), "a widget in the outputs: pass progress=False"
             plain = text_of(out.get("data", {}).get("text/plain", ""))
-            assert not plain.startswith("<contextlib."), "the value of expect_fail at the end of a cell: end the line with ;"
+            assert not plain.startswith("<contextlib."), "a context manager that was made and not entered"
+
+
+@each_notebook
+def test_error_demonstrations_run(path):
+    "fastcore's `expect_fail` is a context manager: called on a line of its own it checks nothing. `test_fail(lambda: …, contains=…)` does."
+    idle = []
+    for cell in load(path)["cells"]:
+        source = "\n".join(l for l in text_of(cell["source"]).splitlines() if not l.lstrip().startswith(("%", "!")))
+        if cell["cell_type"] != "code" or "expect_fail" not in source: continue
+        idle += [ast.unparse(n)[:80] for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call) and getattr(n.value.func, "id", "") == "expect_fail"]
+    assert not idle, f"{len(idle)} error demonstrations never run: {idle[:3]}"
 
 
 @each_notebook
