@@ -473,6 +473,8 @@ def open_corpus(
     return _check(Corpus(path, manifest), deep=False)
 
 # %% ../nbs/01_corpus.ipynb #dada5332
+_BUILD = 2 # Raised when the same input gives other tokens, so that no older corpus is taken from the cache
+
 def _cache_dir():
     "MIXBOOK_CACHE, or the user's cache folder, or a temporary one where that cannot be written."
     home = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~/AppData/Local")}.get(sys.platform, os.environ.get("XDG_CACHE_HOME") or "~/.cache")
@@ -528,7 +530,7 @@ def read_corpus(
     if not 0 <= heldout < 1: raise DataError(f"expected heldout between 0 and 1, found {heldout}. Try 0.05.")
     near = .7 if near is True else float(near)
     options = dict(tokenizer=str(tokenizer), vocab_size=vocab_size, heldout=heldout, near=near, seed=seed, min_tokens=min_tokens)
-    config = dict(options, columns=[domain, text, id], errors=errors, source=_fingerprint(source, reading))
+    config = dict(options, build=_BUILD, columns=[domain, text, id], errors=errors, source=_fingerprint(source, reading))
     if out is None: out = tempfile.mkdtemp(prefix="corpus-", dir=_cache_dir()) if config["source"] == "stream" else _cache_dir()/f"corpus-{run_id(config)}"
     return _finish(lambda: _sources(source, reading), Path(out).absolute(), config, reading, progress=progress, **options)
 
@@ -586,7 +588,7 @@ def toy_corpus(
             while n > 0:
                 yield dict(domain=domain, text=(t := make(rng)))
                 n -= len(t)
-    config = dict(toy=1, seed=seed, size=size)
+    config = dict(build=_BUILD, toy=1, seed=seed, size=size)
     out, reading = Path(out).absolute() if out else _cache_dir()/f"toy-{run_id(config)}", _Reading("domain")
     return _finish(lambda: _sources(texts(), reading), out, config, reading, tokenizer="bytes", vocab_size=256, heldout=.1, near=0., seed=seed, min_tokens=1, progress=False)
 
@@ -606,6 +608,6 @@ def installed_corpus(
     domains = sorted(domains) if domains is not None else installed_domains()
     least = min(max_bytes or 1_000_000, 1_000_000) // 20
     options = dict(tokenizer=str(tokenizer), vocab_size=vocab_size, heldout=heldout, near=.7, seed=seed, min_tokens=least // (1 if tokenizer == "bytes" else 4))
-    config = dict(options, installed=installation(), max_bytes=max_bytes, domains=domains)
+    config = dict(options, build=_BUILD, installed=installation(), max_bytes=max_bytes, domains=domains)
     out = Path(out).absolute() if out else _cache_dir()/f"installed-{run_id(config)}"
     return _finish(lambda: installed_sources(max_bytes, domains), out, config, _Reading(errors="skip"), progress=progress, **options)

@@ -104,9 +104,7 @@ def _read_parquet(path, reading):
 
 # %% ../nbs/00b_readers.ipynb #fc70449b
 readers = Registry("reader")
-for _s in (".jsonl", ".ndjson", ".json"): readers.register(_s, _read_jsonl)
-readers.register(".parquet", _read_parquet)
-readers.register("text", _read_text)
+for _s, _f in ((".jsonl", _read_jsonl), (".ndjson", _read_jsonl), (".json", _read_jsonl), (".parquet", _read_parquet), ("text", _read_text)): readers.register(_s, _f)
 
 # %% ../nbs/00b_readers.ipynb #db8effaa
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +143,22 @@ def _file_source(path, root, reading, domain=None):
 def _zst_error():
     import zstandard
     return zstandard.ZstdError
+
+# %% ../nbs/00b_readers.ipynb #dec952c4
+_FILES, _BYTES = 64, 2**22
+
+def _file_sources(files, reading, domain=None):
+    "Files as sources; small ones together, so that a folder of a million files is not a million units of work."
+    group, size = [], 0
+    for path, root in files:
+        s = _file_source(path, root, reading, domain)
+        if group and (len(group) >= _FILES or size + path.stat().st_size > _BYTES): yield _joined(group); group, size = [], 0
+        group.append(s); size += path.stat().st_size
+    if group: yield _joined(group)
+
+def _joined(group):
+    if len(group) == 1: return group[0]
+    return Source(f"{group[0].name} and {len(group) - 1} more", run_id([[s.name, s.stamp] for s in group]), lambda: chain.from_iterable(s.docs() for s in group))
 
 # %% ../nbs/00b_readers.ipynb #edb5bbbb
 def _files(source):
@@ -187,9 +201,9 @@ def _record_sources(records, reading, name, rows=5_000):
 # %% ../nbs/00b_readers.ipynb #b65158a5
 def _sources(source, reading):
     "Every kind of input as an iterator of `Source`."
-    if _paths(source): return (_file_source(p, r, reading) for p, r in _files(source))
+    if _paths(source): return _file_sources(_files(source), reading)
     if isinstance(source, Mapping):
-        return chain.from_iterable((_file_source(p, r, reading, str(k)) for p, r in _files(v)) if _paths(v) else _table_sources(v, reading, str(k)) for k, v in source.items())
+        return chain.from_iterable(_file_sources(_files(v), reading, str(k)) if _paths(v) else _table_sources(v, reading, str(k)) for k, v in source.items())
     return _table_sources(source, reading, "")
 
 def _paths(o): return isinstance(o, (str, Path)) or (isinstance(o, (list, tuple)) and len(o) > 0 and all(isinstance(p, (str, Path)) for p in o))
