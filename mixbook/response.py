@@ -22,7 +22,7 @@ def levenberg(
     resid:Callable, # theta (B, p) -> residuals (B, m) and their Jacobian (B, m, p)
     theta:np.ndarray, # (B, p) starts
     iters:int=60, # Largest number of steps
-    tol:float=1e-7, # Stop when no problem improves by more than this share
+    tol:float=1e-5, # Stop when no problem improves by more than this share
     max_step:float=2.0, # Largest change of one parameter in one step
 )->tuple[np.ndarray, np.ndarray]: # (B, p) solutions and (B,) sums of squares
     "Minimise the sum of squares of B independent problems by Levenberg–Marquardt, all in step."
@@ -250,6 +250,7 @@ def fit_form(
     for _ in range(form.rounds):
         center, misfit, cov = _update(form, H, Z, theta, misfit, extra, s, own, _law_problem(form, H, Z, w(), center, s), noise)
         theta, _ = levenberg(_law_problem(form, H, Z, w(), center, s), theta, 15)
+    theta, _ = levenberg(_law_problem(form, H, Z, w(), center, s), theta, 40, tol=1e-9)
     J = _law_problem(form, H, Z, w(), center, s)(theta)[1]
     return LawFit(form, theta, center, s, misfit, np.linalg.inv(np.swapaxes(J, 1, 2)@J), mu, sd)
 

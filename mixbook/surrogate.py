@@ -31,7 +31,7 @@ class PlantedSurface:
     def each(self, weights): # (m, k) frame
         "The loss of every target at `weights`."
         H = _rows(weights, self.domains)
-        S = 0.02 + (H**self.g)@self.C.T
+        S = 0.1 + (H**self.g)@self.C.T
         return pd.DataFrame(self.E + 1/S + np.einsum('ni,tij,nj->nt', H, self.B, H), columns=[LOSS + d for d in self.domains], index=_index(weights))
     def __call__(self, weights): return self.each(weights).to_numpy().mean(1)
     @property
@@ -103,7 +103,7 @@ def planted_surface(
 )->PlantedSurface: # Callable, with `.minimum`, `.best`, `.each`, `.runs`
     "A known mixture surface over `k` domains named d0, d1, …; nothing that we fit contains it exactly."
     rng = np.random.default_rng(seed)
-    C = 0.25*np.exp(.5*rng.standard_normal((k, k))); C[np.diag_indices(k)] += rng.uniform(.8, 1.6, k)
+    C = 0.25*np.exp(.5*rng.standard_normal((k, k)) + .7*rng.standard_normal(k)); C[np.diag_indices(k)] += rng.uniform(.4, 1.6, k)
     B = .15*rng.standard_normal((k, k, k)); B = np.triu(B, 1)
     return PlantedSurface(rng.uniform(1, 2, k), C, rng.uniform(.35, .65, k), B, tuple(f"d{i}" for i in range(k)))
 
