@@ -221,8 +221,8 @@ def _usable(runs, targets):
     runs = check_runs(runs, atol=5e-3, need=targets); weights_of(runs)
     runs = runs.sort_values("step", kind="stable").drop_duplicates("run", keep="last").sort_index()
     ok = np.isfinite(runs[targets].astype(float)).all(axis=1) & ~runs["status"].isin(["failed", "running"])
-    if (n := int((~ok).sum())): warnings.warn(f"{n} of {len(runs)} runs have no finite {targets[0] if len(targets) == 1 else 'targets'} or failed; they are left out.", FitWarning, stacklevel=3)
     if ok.sum() < 3: raise FitError(f"expected at least 3 finished runs, found {int(ok.sum())} of {len(runs)}. Train more mixtures.")
+    if (n := int((~ok).sum())): warnings.warn(f"{n} of {len(runs)} runs have no finite {targets[0] if len(targets) == 1 else 'targets'} or failed; they are left out.", FitWarning, stacklevel=3)
     return normalise_weights(runs[ok]).reset_index(drop=True)
 
 # %% ../nbs/05_surrogate.ipynb #6f6a1c31
