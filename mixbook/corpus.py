@@ -126,10 +126,10 @@ class _Work:
 def _check_ids(work, errors, drop):
     "Refuse ids that occur twice, or drop the later documents when errors are skipped."
     count = 0
-    for g in _groups(lambda lo, hi: work.rows(lo, hi)["id"], len(work)):
-        r = [work.rows(i, i + 1)[0] for i in g]
-        g = g[[o["id"] > 0 and o["head"] == 0 for o in r]]
-        if len(g) < 2: continue
+    def read(lo, hi):
+        r = work.rows(lo, hi)
+        return np.where((r["id"] > 0) & (r["head"] == 0), r["id"], np.arange(2*lo, 2*hi, 2, dtype=np.uint64)) # real ids are odd, the others even and distinct
+    for g in _groups(read, len(work)):
         where = [f"document {i - work.start[p]} of {work.records[p]['name']!r}" for i, p in ((i, work.part(i, i + 1)[0]) for i in g[:2])]
         if errors != "skip": raise DataError(f"expected ids to be unique, found the same id in {where[0]} and {where[1]}. Fix the id column, leave out id=…, or pass errors='skip' to keep the first of each.")
         drop[g[1:]], count = 3, count + len(g) - 1
@@ -159,7 +159,7 @@ def _clusters(work, near, errors):
     return parent, drop, ids
 
 # %% ../nbs/01_corpus.ipynb #6e206651
-def _write_bands(work, rows=50_000):
+def _write_bands(work, rows=8_192):
     "Transpose the signatures into one file of keys per band."
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(work.folder/f"band{b:02d}", "wb")) for b in range(_BANDS)]
@@ -168,7 +168,7 @@ def _write_bands(work, rows=50_000):
             for b, f in enumerate(files): np.ascontiguousarray(keys[:, b]).tofile(f)
 
 # %% ../nbs/01_corpus.ipynb #1ccc0aa4
-def _plan(work, near, errors, seed, rows=2**20):
+def _plan(work, near, errors, seed, rows=2**17):
     "Write the plan of the corpus: for each document its place in the shuffle, its side of the split, and whether it is dropped."
     _write_bands(work)
     parent, drop, ids = _clusters(work, near, errors)
@@ -194,7 +194,7 @@ def _root_hash(work, root, own, lo, hi):
     return out
 
 # %% ../nbs/01_corpus.ipynb #5388db2b
-def _scan(work, rows=2**20):
+def _scan(work, rows=2**18):
     "The plan in slices."
     for lo in range(0, len(work), rows): yield np.fromfile(work.folder/"plan.bin", _PLAN, rows, offset=lo * _PLAN.itemsize)
 
@@ -235,8 +235,8 @@ def _tally(work, cut):
     return t
 
 # %% ../nbs/01_corpus.ipynb #d346e5f7
-def _shuffled(work, cut, d, heldout, n_bytes, bucket=2**25):
-    "The kept documents of one domain and side in the order of the shuffle, about 32 MB in memory at a time."
+def _shuffled(work, cut, d, heldout, n_bytes, bucket=2**24):
+    "The kept documents of one domain and side in the order of the shuffle, about 16 MB in memory at a time."
     buckets = max(1, -(-int(n_bytes) // bucket))
     edges = [i * 2**64 // buckets for i in range(buckets + 1)]
     for lo, hi in zip(edges[:-1], edges[1:]):

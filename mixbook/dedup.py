@@ -77,7 +77,7 @@ def _bands(sigs):
 def _groups(
     read:Callable, # read(lo, hi) → uint64 keys of the documents lo … hi−1
     n:int, # Documents
-    rows:int=2_000_000, # Documents held in memory at a time
+    rows:int=500_000, # Documents held in memory at a time
 )->Iterator[np.ndarray]: # Ascending numbers of two or more documents that share a key
     "Group documents by key with bounded memory: keys are dealt into partitions, one partition is sorted at a time."
     parts = -(-n // rows)
