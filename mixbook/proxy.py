@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm.auto import tqdm
 from . import __version__
 from .core import DataError, MixbookWarning, atomic_path, one_of, run_id
@@ -85,6 +85,7 @@ class Proxy:
     config: ProxyConfig # As trained
     how: str = "sequential" # 'sequential' or 'stacked'
     message: str = "" # Why the run failed, else empty
+    def __repr__(self): return f"Proxy({self.row['run']}, {self.row['status']}, {self.row['n_params']:,} parameters, step {self.row['step']})"
     def _repr_markdown_(self):
         r = self.row
         cells = "".join(f"\n| {d[5:]} | {r['w/' + d[5:]]:.3f} | {r.get('passes/' + d[5:], 0):.2f} | {v:.4f} ± {r[d + '_se']:.4f} | {r['bpb/' + d[5:]]:.3f} |" for d, v in r.items() if d.startswith("loss/") and not d.endswith("_se"))
@@ -237,11 +238,13 @@ def _run(t, checkpoint=None, save_seconds=20., progress=True, desc="proxy"):
 def _save(t, path):
     "Write weights, moments and position of `t` to `path`, atomically."
     meta = dict(ids=t.ids, step=t.step, seconds=t.seconds, rows=t.rows, dtype=str(t.dtype), code=__version__)
-    with atomic_path(path) as tmp: save_file({k: getattr(t, k) for k in ("flat", "m", "v", "bad")}, tmp, {"mixbook": json.dumps(meta)})
+    with atomic_path(path) as tmp: tmp.write_bytes(save({k: getattr(t, k) for k in ("flat", "m", "v", "bad")}, {"mixbook": json.dumps(meta)}))
 
 def _restore(t, path):
     "Continue `t` from `path` if it is there; raises `DataError` when it is cut short or belongs to another run."
-    if not Path(path).exists(): return
+    path = Path(path)
+    for left in path.parent.glob(f".{path.name}.*.tmp"): left.unlink(missing_ok=True)  # from a kill in the middle of a save
+    if not path.exists(): return
     try:
         with safe_open(path, "pt") as f: meta, saved = json.loads(f.metadata()["mixbook"]), {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as e:
