@@ -327,7 +327,7 @@ def _hopefuls(surrogate, cand, leash, keep):
     "The `keep` candidates that could most plausibly be optimal, among those the runs say something about."
     p, y = surrogate.predict(cand), _seen(surrogate)
     sd = p["sd"].to_numpy()
-    low = np.where(sd < 0.5*y.std(), p["mean"].to_numpy() - 2*sd + leash, np.inf)
+    low = np.where(sd <= max(0.5*y.std(), np.median(sd)), p["mean"].to_numpy() - 2*sd + leash, np.inf)      # where runs are few and noisy, the better known half
     return cand[np.argsort(low, kind="stable")[:max(1, min(keep, int(np.isfinite(low).sum())))]]
 
 # %% ../nbs/06_recipe.ipynb #196c40a8

@@ -388,12 +388,12 @@ def _plan(corpus, config, jobs, todo, workers, how, device):
                      n*config.train_tokens*flops_per_token(config), float(seconds), workers, how, domains)
 
 # %% ../nbs/04_sweep.ipynb #14e7f6b8
-def _train_group(corpus, jobs, config, how, unique_tokens, device):
+def _train_group(corpus, jobs, config, how, unique_tokens, device, evals=1):
     "Train `jobs` and return one list of rows for each."
     from mixbook.proxy import train_proxies, train_proxy
-    if len(jobs) == 1: proxies = [train_proxy(corpus, jobs[0].weights, config, seed=jobs[0].seed, unique_tokens=unique_tokens, device=device, progress=False)]
-    else: proxies = train_proxies(corpus, [j.weights for j in jobs], config, seeds=[j.seed for j in jobs], how=how, stack=len(jobs), unique_tokens=unique_tokens, device=device, progress=False)
-    return [[p.row | ({"error": p.message} if p.message else {})] for p in proxies]
+    if len(jobs) == 1: proxies = [train_proxy(corpus, jobs[0].weights, config, seed=jobs[0].seed, unique_tokens=unique_tokens, evals=evals, device=device, progress=False)]
+    else: proxies = train_proxies(corpus, [j.weights for j in jobs], config, seeds=[j.seed for j in jobs], how=how, stack=len(jobs), unique_tokens=unique_tokens, evals=evals, device=device, progress=False)
+    return [[*p.curve.iloc[:-1].to_dict("records"), p.row | ({"error": p.message} if p.message else {})] for p in proxies]
 
 # %% ../nbs/04_sweep.ipynb #6699291b
 class WorkerDied(MixbookError): "A worker process ended in the middle of a call."
@@ -546,6 +546,7 @@ def run_sweep(
     how:str="auto", # 'sequential', 'stacked', or 'auto'
     submit=None, # Executor with `submit(fn, *args)`, or that function, instead of `n_workers`
     unique_tokens:dict|None=None, # domain → most distinct training tokens (repetition as in the target run)
+    evals:int=1, # Evaluations of each run, evenly spaced; the last at the end
     device:str="auto", # 'auto', 'cpu' or 'cuda'
     dry:bool=False, # Return the `SweepPlan` and stop
     progress:bool=True, # Say the plan and show a bar
@@ -561,7 +562,7 @@ def run_sweep(
     failed = {}
     if todo:
         groups = [todo[i:i + size] for i in range(0, len(todo), size)]
-        args = (config, how, unique_tokens, device)
+        args = (config, how, unique_tokens, device, evals)
         if progress: tqdm.write(str(plan), file=sys.stderr)
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=study, unit="run", smoothing=.05, disable=not progress))
