@@ -70,7 +70,7 @@ def test_recipes_keep_floors_and_caps_exactly(box, seed):
 def test_never_worse_than_a_large_random_pool(kind, caps):
     m = kind(seed=3)
     lo, hi = R._limits(DOMAINS, None, caps)
-    r = propose(m, caps=caps, risk=0, draws=20)
+    r = propose(m, caps=caps, risk=0, draws=0)
     rival = R._pool(np.full(5, 0.2), lo, hi, 20000, 77)
     slack = 0 if kind is Truth else 0.011                  # one step of the stairs
     assert m.loss(r.weights)[0] <= m.loss(rival).min() + slack
@@ -90,13 +90,18 @@ def test_order_of_domains_is_not_meaning():
     order = [3, 0, 4, 2, 1]
     b.domains, b.C, b.gamma = [DOMAINS[i] for i in order], a.C[:, order], a.gamma[:, order]
     b.observed = a.observed[b.domains + ["target"]]
-    x = propose(a, floors={"mail": 0.3}, caps={"code": 0.1}, draws=20, risk=0).weights
-    y = propose(b, floors={"mail": 0.3}, caps={"code": 0.1}, draws=20, risk=0).weights
+    x = propose(a, floors={"mail": 0.3}, caps={"code": 0.1}, draws=0, risk=0).weights
+    y = propose(b, floors={"mail": 0.3}, caps={"code": 0.1}, draws=0, risk=0).weights
     np.testing.assert_allclose(y[DOMAINS], x, atol=2e-3)
+
+def test_without_draws_the_same_recipe_without_intervals():
+    _, s = planted_fit(2)
+    a, b = propose(s, seed=1), propose(s, seed=1, draws=0)
+    assert (a.weights == b.weights).all() and b.lo is None and b.predicted == pytest.approx({k: a.predicted[k] for k in ("mean", "sd")}) and a.provenance == b.provenance
 
 def test_the_leash_is_monotone_and_ends_at_natural():
     m, natural = Truth(seed=2), pd.Series([0.6, 0.2, 0.1, 0.05, 0.05], DOMAINS)
-    far = [R._kl(propose(m, natural=natural, kl=kl, draws=20).weights.to_numpy(), natural.to_numpy()) for kl in (0, 0.01, 0.05, 0.2, 100)]
+    far = [R._kl(propose(m, natural=natural, kl=kl, draws=0).weights.to_numpy(), natural.to_numpy()) for kl in (0, 0.01, 0.05, 0.2, 100)]
     assert all(b < a for a, b in zip(far, far[1:])) and far[-1] < 1e-5
 
 def test_flat_region_holds_what_it_says():
