@@ -356,7 +356,9 @@ def predict(self:Surrogate,
     return pd.DataFrame({"mean": mean@self.signs, "sd": self.scale*_combine(self, _run_sd(self, var))}, index=_index(weights))
 
 @patch
-def predict_sd(self:Surrogate, weights)->pd.Series: return self.predict(weights)["sd"]
+def predict_sd(self:Surrogate, weights)->pd.Series:
+    "Standard deviations of `predict`."
+    return self.predict(weights)["sd"]
 @patch(as_prop=True)
 def noise(self:Surrogate)->float:
     "Standard deviation of the combined target between runs of one mixture."
