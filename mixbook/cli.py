@@ -18,7 +18,7 @@ verbs = Registry("verb")
 # %% ../nbs/13_cli.ipynb #ba4dbf6d
 @verbs.register("demo")
 def demo(
-    out:str="mixbook-demo", # Folder of the study
+    out:str=None, # Folder of the study; mixbook-demo or mixbook-demo-quick without
     quick:bool=False, # Under two minutes instead of about ten
     n_workers:int=2, # Processes
     seed:int=0, # Seed of the design
@@ -35,6 +35,8 @@ def corpus(
     domain:str=None, # Column that names the domain; the folder's name without
     text:str="text", # Column that holds the text
     tokenizer:str="bytes", # 'bytes', 'bpe', or the path of a tokenizer.json
+    heldout:float=.05, # Share of the documents that is never trained on
+    errors:str="raise", # Bad input: 'raise', 'replace' undecodable bytes, or 'skip' and count
     targets:str=None, # Comma-separated domains or outcome columns that the recipe is for; all domains without
     budget:int=0, # Tokens of the run that the recipe is for; 0: as many as the corpus holds
     n_mixtures:int=64, # Mixtures to train
@@ -47,7 +49,8 @@ def corpus(
     "Read text into a corpus and begin a study in OUT."
     from mixbook.corpus import read_corpus
     from mixbook.study import start_study
-    c = read_corpus(source, Path(out)/"corpus", domain=domain, text=text, tokenizer=tokenizer, seed=seed)
+    if Path(source).is_dir() and Path(out).resolve().is_relative_to(Path(source).resolve()): raise DataError(f"expected OUT outside of the text in {source}, found {out} inside it. Choose another folder.")
+    c = read_corpus(source, Path(out)/"corpus", domain=domain, text=text, tokenizer=tokenizer, heldout=heldout, errors=errors, seed=seed)
     start_study(c, out, targets=targets.split(",") if targets else None, budget=budget, n_mixtures=n_mixtures, depth=depth, tokens=tokens, match_repetition=match_repetition, n_workers=n_workers, seed=seed)
     print(c.table.to_string())
 
@@ -58,11 +61,10 @@ def sweep(
     dry:bool=False, # Say what it would cost, and stop
 ):
     "Train the proxies that are not in the runs table yet."
-    from mixbook.demo import study_plan
     from mixbook.study import open_study, sweep_study
     s = open_study(study)
-    if dry: return print(study_plan(s).round(2).to_string())
-    print(f"{len(sweep_study(s))} runs in {s.path/'runs'}")
+    if dry: return print(sweep_study(s, dry=True))
+    print(f"{sweep_study(s)['run'].nunique()} runs in {s.path/'runs'}")
 
 # %% ../nbs/13_cli.ipynb #5c776cd8
 @verbs.register("fit")
@@ -90,10 +92,9 @@ def confirm(
     dry:bool=False, # Say what it would cost, and stop
 ):
     "Train the recipe against natural, uniform and the best of the sweep, at four times the size or more."
-    from mixbook.demo import study_plan
     from mixbook.study import confirm_study, open_study
-    s = open_study(study)
-    print((study_plan(s).loc[["confirmation"]] if dry else confirm_study(s)).round(4).to_string())
+    out = confirm_study(open_study(study), dry=dry)
+    print(out if dry else out.round(4).to_string())
 
 @verbs.register("report")
 def report(
@@ -108,7 +109,7 @@ def report(
 def write(
     recipe:str, # recipe.json
     out:str, # File to write
-    target:str="megatron", # Trainer; `mixbook write --list` shows them
+    target:str="megatron", # Trainer: hf, megatron, megatron_json, llm_foundry, olmo_core, nanotron, torchtitan, litgpt, axolotl, …
     budget:int=None, # Training tokens, where the format needs them
 ):
     "Write a recipe in a trainer's own syntax and meaning, and show the shares it will realise."

@@ -244,10 +244,12 @@ class Record:
         text = source if str(source).lstrip().startswith("{") else _read_text(source)
         try: d = json.loads(text)
         except json.JSONDecodeError as e: raise DataError(f"expected JSON of a {cls.__name__}, found a syntax error at {e}. Is the file complete?") from e
+        if not isinstance(d, dict): raise DataError(f"expected a JSON object of a {cls.__name__}, found {type(d).__name__}. Check the path.")
         if d.pop("type", cls.__name__) != cls.__name__: raise DataError(f"expected the JSON of a {cls.__name__}, found that of another type.")
         fields = {f.name for f in dataclasses.fields(cls)}
         for k in d: one_of(k, fields, what=f"field of {cls.__name__}")
-        return cls(**{k: _rich(v) for k, v in d.items()})
+        try: return cls(**{k: _rich(v) for k, v in d.items()})
+        except TypeError as e: raise DataError(f"the JSON of a {cls.__name__} is incomplete: {e}. Is it the right file?") from e
     def replace(self, **changes):
         "A copy with some fields changed."
         return dataclasses.replace(self, **changes)

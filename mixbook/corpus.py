@@ -31,8 +31,9 @@ def _encoder(
     "How texts become ids. Every document ends with the end-of-text id."
     if tokenizer == "bytes": return (lambda texts: [np.frombuffer(t.encode("utf-8") + b"\0", np.uint8) for t in texts]), 256, 0
     tok = _bpe(tokenizer)
-    eot = tok.get_vocab_size()
+    eot = max(tok.get_vocab().values(), default=-1) + 1
     if eot >= 2**16: raise DataError(f"expected a vocabulary below 65536, found {eot} in {tokenizer}: ids are stored as 16-bit numbers. Train a smaller one with tokenizer='bpe'.")
+    tok.no_truncation(), tok.no_padding()
     tok.encode_special_tokens = True
     return (lambda texts: [np.array(e.ids + [eot], np.uint16) for e in tok.encode_batch(texts, add_special_tokens=False)]), eot + 1, eot
 
@@ -340,7 +341,7 @@ def _build(sources, out, config, reading, *, tokenizer, vocab_size, heldout, nea
     small = [e for e in entries if e["tokens"] < min_tokens or e["name"] in lonely]
     if small and reading.errors != "skip": raise DataError(f"expected at least {min_tokens} training tokens in every domain, found {small[0]['tokens']} in {small[0]['name']!r}. Merge it with another domain, pass min_tokens={small[0]['tokens']}, or errors='skip' to leave such domains out.")
     lost += Counter({f"domain {e['name']!r} with only {e['tokens']} tokens": 1 for e in small})
-    for e in small: (out/e["train"]["file"]).unlink(), (out/e["heldout"]["file"]).unlink()
+    for e in small: (out/e["train"]["file"]).unlink(missing_ok=True), (out/e["heldout"]["file"]).unlink(missing_ok=True)
     manifest = _manifest([e for e in entries if e not in small], token, config, heldout, seed, +lost)
     write_text(out/"manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     shutil.rmtree(folder)
@@ -394,7 +395,7 @@ def _tokens(self:Corpus,
 )->np.ndarray: # 1-D memory map, uint8 or uint16; documents shuffled, each followed by `eot`
     "The tokens of one domain."
     shard = _entry(self, domain, split)[split]
-    dtype = np.uint8 if self.vocab_size <= 256 else np.uint16
+    dtype = np.uint8 if self.tokenizer == "bytes" else np.uint16
     return np.memmap(self.path/shard["file"], dtype, "r", shape=(shard["tokens"],)) if shard["tokens"] else np.zeros(0, dtype)
 
 def _bytes_per_token(self:Corpus,
@@ -413,7 +414,7 @@ def _decode_ids(self:Corpus,
 )->str: # Text, with a line of its own at each end of a document
     "Text of some tokens."
     ids = np.asarray(ids)
-    if self.vocab_size <= 256: return ids.astype(np.uint8).tobytes().replace(b"\0", "\n⏎\n".encode()).decode("utf-8", "replace")
+    if self.tokenizer == "bytes": return ids.astype(np.uint8).tobytes().replace(b"\0", "\n⏎\n".encode()).decode("utf-8", "replace")
     tok, stops = _bpe(self.tokenizer), np.flatnonzero(ids == self.eot)
     return "\n⏎\n".join(tok.decode(part[part != self.eot].tolist()) for part in np.split(ids, stops))
 
@@ -424,7 +425,7 @@ def _texts(self:Corpus,
 )->Iterator[str]: # Documents in stored order
     "The documents of one domain, one after the other."
     ids, rest = self.tokens(domain, split), np.zeros(0, np.uint16)
-    tok = None if self.vocab_size <= 256 else _bpe(self.tokenizer)
+    tok = None if self.tokenizer == "bytes" else _bpe(self.tokenizer)
     for lo in range(0, len(ids), block):
         part = np.concatenate([rest, ids[lo:lo+block]])
         stops = np.flatnonzero(part == self.eot)
@@ -530,9 +531,13 @@ def read_corpus(
     if not 0 <= heldout < 1: raise DataError(f"expected heldout between 0 and 1, found {heldout}. Try 0.05.")
     near = .7 if near is True else float(near)
     options = dict(tokenizer=str(tokenizer), vocab_size=vocab_size, heldout=heldout, near=near, seed=seed, min_tokens=min_tokens)
-    config = dict(options, build=_BUILD, columns=[domain, text, id], errors=errors, source=_fingerprint(source, reading))
+    config = dict(options, **_given(tokenizer), build=_BUILD, columns=[domain, text, id], errors=errors, source=_fingerprint(source, reading))
     if out is None: out = tempfile.mkdtemp(prefix="corpus-", dir=_cache_dir()) if config["source"] == "stream" else _cache_dir()/f"corpus-{run_id(config)}"
     return _finish(lambda: _sources(source, reading), Path(out).absolute(), config, reading, progress=progress, **options)
+
+def _given(tokenizer):
+    "The content of a tokenizer that was given as a file, for the identity of the corpus."
+    return {"tokenizer_sha": _sha256(tokenizer)} if Path(tokenizer).is_file() else {}
 
 def _fingerprint(source, reading):
     "What tells this source from another: the stamps of its parts, or 'stream' for what may be read only once."
@@ -608,6 +613,6 @@ def installed_corpus(
     domains = sorted(domains) if domains is not None else installed_domains()
     least = min(max_bytes or 1_000_000, 1_000_000) // 20
     options = dict(tokenizer=str(tokenizer), vocab_size=vocab_size, heldout=heldout, near=.7, seed=seed, min_tokens=least // (1 if tokenizer == "bytes" else 4))
-    config = dict(options, build=_BUILD, installed=installation(), max_bytes=max_bytes, domains=domains)
+    config = dict(options, **_given(tokenizer), build=_BUILD, installed=installation(), max_bytes=max_bytes, domains=domains)
     out = Path(out).absolute() if out else _cache_dir()/f"installed-{run_id(config)}"
     return _finish(lambda: installed_sources(max_bytes, domains), out, config, _Reading(errors="skip"), progress=progress, **options)

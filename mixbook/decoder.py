@@ -416,7 +416,7 @@ def _forward(self:HandStep, windows):
     for b, w, _ in self.blocks: _block(o.x, b, w)
     torch.bmm(_norm(o.x, o.n, o.r), self.E.mT, out=o.p)
     torch.softmax(o.p, -1, out=o.p)
-    return o.p.gather(-1, want).squeeze(-1).log_().neg_(), read, want
+    return o.p.gather(-1, want).squeeze(-1).clamp_min_(torch.finfo(o.p.dtype).tiny).log_().neg_(), read, want
 
 @patch
 def losses(self:HandStep, windows):

@@ -15,8 +15,8 @@ from .core import DataError
 from .study import Study, confirm_study, fit_study, propose_study, proxy_config, start_study, sweep_study
 
 # %% ../nbs/12c_demo.ipynb #7bd17b91
-FULL = {"n_mixtures": 64, "tokens": 400_000, "confirm_tokens": 1_000_000}
-QUICK = {"n_mixtures": 24, "tokens": 150_000, "confirm_tokens": 200_000}
+FULL = {"n_mixtures": 64, "tokens": 400_000, "confirm_tokens": 1_000_000, "budget": 1_000_000}
+QUICK = {"n_mixtures": 24, "tokens": 150_000, "confirm_tokens": 200_000, "budget": 200_000}
 
 # %% ../nbs/12c_demo.ipynb #903c75db
 def study_plan(
@@ -32,7 +32,7 @@ def study_plan(
 
 # %% ../nbs/12c_demo.ipynb #ef799456
 def run_demo(
-    out:str|Path="mixbook-demo", # Folder of the study
+    out:str|Path|None=None, # Folder of the study; 'mixbook-demo' or 'mixbook-demo-quick' without
     *,
     quick:bool=False, # Under two minutes instead of about ten
     corpus=None, # Another corpus than the embedded one
@@ -44,7 +44,7 @@ def run_demo(
     "From text to a confirmed recipe and its report in `out`; goes on where an earlier call was stopped."
     from mixbook.corpus import installed_corpus
     from mixbook.report import write_report
-    say = _sayer(progress)
+    say, out = _sayer(progress), out or ("mixbook-demo-quick" if quick else "mixbook-demo")
     say("1/6  corpus: real text from the installed packages")
     corpus = installed_corpus(max_bytes=1_000_000 if quick else None, progress=progress) if corpus is None else corpus
     study = start_study(corpus, out, n_workers=n_workers, seed=seed, **{**(QUICK if quick else FULL), **settings})

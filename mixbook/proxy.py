@@ -101,7 +101,7 @@ def proxy_run_id(
 )->str: # The run's identity
     "The id that training would give, without training: a hash of everything that decides the outcome."
     w = {d: round(float(v), 12) for d, v in check_mixture(weights, corpus.domains).items() if v > 0}
-    return run_id({"proxy": 1, "corpus": corpus.hash, "weights": w, "seed": int(seed), "unique_tokens": unique_tokens,
+    return run_id({"proxy": 1, "corpus": corpus.hash, "weights": w, "seed": int(seed), "unique_tokens": unique_tokens or None,
                    "config": {**json.loads(json.dumps(dataclasses.asdict(config))), "shape": list(config.shape), "steps": config.steps, "lr": config.peak_lr}})
 
 # %% ../nbs/03_proxy.ipynb #87eb6215

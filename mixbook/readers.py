@@ -132,13 +132,13 @@ def _file_source(path, root, reading, domain=None):
     "The `Source` of one file; below `root` the first folder is the domain, otherwise the name of the file."
     path = Path(path)
     inside, kind = path.relative_to(root).parts if root else (path.name,), _kind(path)
-    default = domain or (inside[0] if len(inside) > 1 else root.name if root and kind not in readers else path.name.split(".")[0])
+    default = domain or (inside[0] if len(inside) > 1 else root.resolve().name if root and kind not in readers else path.name.split(".")[0])
     def docs():
         try: yield from _documents(readers[kind if kind in readers else "text"](path, reading), reading, default, path)
         except (OSError, EOFError, zlib.error, _zst_error()) as e: reading.bad("unreadable files", f"could not read {path}: {getattr(e, 'strerror', None) or e}. Check permissions and that the file is complete.")
     try: stat = path.stat()
     except OSError as e: raise DataError(f"could not read {path}: {e.strerror}. Check the path.") from e
-    return Source("/".join(inside), f"{stat.st_size}-{stat.st_mtime_ns}", docs)
+    return Source("/".join(inside), f"{stat.st_size}-{stat.st_mtime_ns}-{default}", docs)
 
 def _zst_error():
     import zstandard

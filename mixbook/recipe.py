@@ -640,7 +640,7 @@ def search_cost(
     ratio = lambda gain: float((base/max(base + gain, 1e-9))**(1/b))
     m, spent = ratio(row["mean"]), _flops(sweep) + _flops(confirmed)
     out = {"spent": spent, "exponent": b, "ratio": m, "ratio_lo": ratio(row["hi"]), "ratio_hi": ratio(row["lo"]), "verdict": row["verdict"], "saved": None, "net": None, "break_even": None}
-    how = "given by the caller" if exponent is not None else f"measured on {points} checkpoints"
+    how = "given by the caller" if exponent is not None else f"measured on {points} checkpoints of the last half, annealing included, so too large if anything and the saving too small"
     if row["verdict"] == "better": out |= {"saved": (m - 1)*target_flops, "net": (m - 1)*target_flops - spent, "break_even": spent/(m - 1)}
     return out | {"statement": _cost_statement(out, baseline, how, target_flops)}
 

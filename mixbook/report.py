@@ -8,12 +8,12 @@ Docs: https://mixbook.github.io/mixbook/report.html.md"""
 __all__ = ['write_report']
 
 # %% ../nbs/12b_report.ipynb #b6854fb4
-import base64, io
+import base64, io, json
 from importlib.resources import files
 import numpy as np, pandas as pd
 from . import __version__
 from .core import DataError, write_text, weights_of
-from .study import TRAINERS, Study, open_study, confirmed_runs, heldout_predictions, proxy_config, study_comparison, study_runs, study_surrogate
+from .study import TRAINERS, Study, open_study, confirmed_runs, proxy_config, study_comparison, study_runs
 
 # %% ../nbs/12b_report.ipynb #6cf3bf94
 def _big(
@@ -54,7 +54,7 @@ def _headline(
     what = ", ".join(f"{w:.0%} {d}" for d, w in top.head(3).items()) + (f" and {len(top) - 3} more" if len(top) > 3 else "")
     if comparison is None: return f"Proposed, not yet confirmed by training: {what}"
     parts = [f"{_VERDICT[v]} {_join(g['baseline'], 'or' if v == 'no evidence' else 'and')}" for v, g in comparison.groupby("verdict", sort=False)]
-    return f"Train on {what}: {'; '.join(parts)}"
+    return f"{'Do not train on' if (comparison['verdict'] == 'worse').any() else 'Train on'} {what}: {'; '.join(parts)}"
 
 # %% ../nbs/12b_report.ipynb #e6f42f70
 def _png(draw, dark):
@@ -100,35 +100,37 @@ def _table(
 def _section(id, title, text=(), figures=(), tables=(), code=()):
     return {"id": id, "title": title, "text": [t for t in text if t], "figures": list(figures), "tables": list(tables), "code": list(code)}
 
-def _say(row):
+def _unit(study): return "bits per byte" if next(iter(study.targets)).startswith("bpb/") else "nats per token"
+
+def _say(study, row):
     "One comparison in words."
     what = {"better": "The recipe is better than", "worse": "The recipe is worse than", "no evidence": "There is no evidence of a difference from"}[row["verdict"]]
-    return f"{what} {row['baseline']}: {_signed(row['mean'], row['lo'], row['hi'])} nats per token, {int(row['n'])} paired seeds."
+    return f"{what} {row['baseline']}: {_signed(row['mean'], row['lo'], row['hi'])} {_unit(study)}, {int(row['n'])} paired seeds."
 
 # %% ../nbs/12b_report.ipynb #e42d76fe
 def _confirmation_section(study, parts):
     "How the recipe did against its rivals when all of them were trained."
     c = parts["comparison"]
-    if c is None: return _section("confirmation", "Confirmed by training", [f"Not done yet. Run `mixbook confirm {study.folder}`: until then the recipe is a prediction."])
+    if c is None: return _section("confirmation", "Confirmed by training", [f"Not done yet: {parts['why']} Until then the recipe is a prediction."])
     from mixbook.plots import plot_confirmation
     runs, proxy, large = parts["confirm"], proxy_config(study), proxy_config(study, confirm=True)
     text = [f"Each mixture was trained at {_big(large.n_params)} parameters, {large.n_params/proxy.n_params:.1f} times the proxy, for {_big(large.tokens)} tokens, with {runs['seed'].nunique()} seeds. "
-            "A seed fixes initial weights and data order, so differences are paired by seed; the interval is Student's t over the seeds, at 95 %.", *(_say(r) for _, r in c.iterrows())]
-    fig = _figure(lambda: plot_confirmation(c.assign(recipe=["against " + b for b in c["baseline"]]).drop(columns="baseline")), "Differences in loss between the recipe and each rival, with intervals and a line at zero.",
+            "A seed fixes initial weights and data order, so differences are paired by seed; the interval is Student's t over the seeds, at 95 %.", *(_say(study, r) for _, r in c.iterrows())]
+    fig = _figure(lambda: plot_confirmation(c.assign(recipe=["against " + b for b in c["baseline"]]).drop(columns="baseline"), unit=_unit(study)), "Differences in loss between the recipe and each rival, with intervals and a line at zero.",
                  f"Paired difference in the target, recipe minus rival, with its 95 % interval; left of zero is better. n = {runs['seed'].nunique()} seeds.", study.path/"figures/confirmation.png")
     each = runs.sort_values("step").groupby(["recipe", "seed"]).tail(1).groupby("recipe")[list(study.targets)].mean().rename_axis("mixture")
-    return _section("confirmation", "Confirmed by training", text, [fig], [_table(each.T.rename_axis("target"), "Mean loss of each mixture on each target, nats per token:", digits=4)])
+    return _section("confirmation", "Confirmed by training", text, [fig], [_table(each.T.rename_axis("target"), f"Mean loss of each mixture on each target, {_unit(study)}:", digits=4)])
 
 # %% ../nbs/12b_report.ipynb #1031626a
 def _recipe_section(study, parts):
     "The weights with their intervals, and the passes they mean."
     from mixbook.plots import plot_mixture
     r = parts["recipe"]
-    gains = [f"Predicted by the surrogate before the confirmation: gain over {k} of {_signed(v['gain'], v['lo'], v['hi'])} nats per token." for k, v in r.predicted.items() if isinstance(v, dict) and "gain" in v]
+    gains = [f"Predicted by the surrogate before the confirmation: gain over {k} of {_signed(v['gain'], v['lo'], v['hi'])} {_unit(study)}." for k, v in r.predicted.items() if isinstance(v, dict) and "gain" in v]
     over = r.passes()[r.passes() > 1]
     text = ["The interval of a weight is where the best mixture lies in 90 % of the surfaces that agree with the runs. The optimum is flat: weights inside the intervals differ little in what they achieve, together with the others."]
     if len(over): text.append(f"At {_big(r.budget)} tokens the recipe reads {len(over)} of {len(r.weights)} domains more than once: " + ", ".join(f"{d} {v:.1f}×" for d, v in over.sort_values(ascending=False).items()) + ".")
-    fig = _figure(lambda: plot_mixture(r), "Weight of each domain with its interval, beside its natural share.", f"The recipe: weights with 90 % intervals, beside the natural shares. {parts['surrogate'].n} proxies.", study.path/"figures/recipe.png")
+    fig = _figure(lambda: plot_mixture(r), "Weight of each domain with its interval, beside its natural share.", f"The recipe: weights with 90 % intervals, beside the natural shares. {len(parts['sweep'])} proxies.", study.path/"figures/recipe.png")
     return _section("recipe", "The recipe", [*text, *gains], [fig], [_table(r.table(), "Shares of training tokens; passes at the budget:", digits=3)])
 
 # %% ../nbs/12b_report.ipynb #b96b639c
@@ -137,8 +139,8 @@ def _surrogate_section(study, parts):
     from mixbook.plots import plot_prediction
     t, held = parts["fit"], parts["heldout"]
     if t is None: return _section("surrogate", "How far to trust the surrogate", [f"Not measured yet. Run `mixbook fit {study.folder}`."])
-    text = [f"Nested cross-validation over {parts['surrogate'].n} runs: every run is predicted by a surrogate that has not seen it, with its own hyper-parameters. Regret is the loss of the mixture that would have been picked, above the best of the held-out ones."]
-    fig = _figure(lambda: plot_prediction(held), "Observed against predicted target for held-out runs.", f"Held-out runs, the default surrogate; bars are 90 % intervals. n = {len(held)}.", study.path/"figures/surrogate.png")
+    text = [f"Nested cross-validation over {len(parts['sweep'])} runs: every run is predicted by a surrogate that has not seen it, with its own hyper-parameters. Regret is the loss of the mixture that would have been picked, above the best of the held-out ones."]
+    fig = _figure(lambda: plot_prediction(held, unit=_unit(study)), "Observed against predicted target for held-out runs.", f"Held-out runs, the default surrogate; bars are 90 % intervals. n = {len(held)}.", study.path/"figures/surrogate.png")
     return _section("surrogate", "How far to trust the surrogate", text, [fig], [_table(t.rename_axis("surrogate"), "The combined target; coverage is that of the 90 % interval, NRMSE the error over the spread of the runs:")])
 
 # %% ../nbs/12b_report.ipynb #d3701e3a
@@ -174,11 +176,16 @@ def _trainer_section(study, parts):
     code = [{"name": f"{name} ({rel})", "text": (study.path/rel).read_text(encoding="utf-8")} for name, rel in TRAINERS.items() if (study.path/rel).exists()]
     return _section("trainers", "Take it to your trainer", ["Each file says what its number means: a share of sequences, of documents or a number of passes. `mixbook write` makes the others."], code=code)
 
+def _limits(o):
+    "Caps or floors of a recipe in words."
+    if o is None: return "none"
+    return ", ".join(f"{d} {v:.3f}" for d, v in o.items() if v < 1) or "none that binds" if isinstance(o, dict) else f"{o:g} for every domain"
+
 def _origin_section(study, parts):
     "Where the numbers come from."
     r, runs = parts["recipe"], parts["sweep"]
     rows = {"corpus": parts["corpus"].hash, "tokeniser": str(parts["corpus"].tokenizer), "targets": ", ".join(f"{k} ({v:g})" for k, v in study.targets.items()), "surrogate": study.kind,
-            "design": f"D-optimal choice, {study.n_mixtures} mixtures, seed {study.seed}", "code": ", ".join(sorted(map(str, runs["code"].unique()))), "device": ", ".join(sorted(map(str, runs["device"].unique()))), "caps": f"{study.max_passes:g} passes at {_big(r.budget)} tokens", "leash": f"{study.kl:g}"}
+            "design": f"D-optimal choice, {study.n_mixtures} mixtures, seed {study.seed}", "code": ", ".join(sorted(map(str, runs["code"].unique()))), "device": ", ".join(sorted(map(str, runs["device"].unique()))), "caps": _limits(r.provenance.get("caps")), "floors": _limits(r.provenance.get("floors")), "budget": f"{_big(r.budget)} tokens", "leash": f"{study.kl:g}"}
     return _section("origin", "Where it comes from", [], tables=[_table(pd.DataFrame({"value": rows}).rename_axis("what"), "Everything that decides these numbers; the runs table holds one row for each run:")])
 
 # %% ../nbs/12b_report.ipynb #b670fdbb
@@ -189,19 +196,19 @@ def _gather(
     from mixbook.corpus import open_corpus
     from mixbook.recipe import Recipe
     if not (study.path/"recipe.json").exists(): raise DataError(f"expected a recipe in {study.folder}, found none. Run `mixbook propose {study.folder}` first.")
-    fit = study.path/"fit.json"
-    runs = study_runs(study)
+    fit, frame = study.path/"fit.json", lambda d: pd.DataFrame(d["data"], d["index"], d["columns"])
+    found = {k: frame(d) for k, d in json.loads(fit.read_text(encoding="utf-8")).items()} if fit.exists() else {}
+    comparison = confirm = why = None
     try: comparison, confirm = study_comparison(study), confirmed_runs(study)
-    except DataError: comparison = confirm = None
-    return {"recipe": Recipe.from_json(study.path/"recipe.json"), "corpus": open_corpus(study.corpus), "surrogate": study_surrogate(study), "sweep": runs, "confirm": confirm, "comparison": comparison,
-            "fit": pd.read_json(io.StringIO(fit.read_text(encoding="utf-8")), orient="split") if fit.exists() else None,
-            "heldout": heldout_predictions(runs, study.targets, kind=study.kind, seed=study.seed) if fit.exists() else None}
+    except DataError as e: why = str(e)
+    return {"recipe": Recipe.from_json(study.path/"recipe.json"), "corpus": open_corpus(study.corpus), "sweep": study_runs(study), "confirm": confirm, "comparison": comparison, "why": why,
+            "fit": found.get("scores"), "heldout": found.get("heldout")}
 
 # %% ../nbs/12b_report.ipynb #de7d4ce4
 def _cards(study, parts):
     "The figures at the top: each comparison, and the cost."
     c = parts["comparison"]
-    out = [] if c is None else [{"value": _signed(r["mean"], r["lo"], r["hi"]), "label": f"nats per token against {r['baseline']}: {r['verdict']}", "verdict": {"no evidence": "none"}.get(r["verdict"], r["verdict"])} for _, r in c.iterrows()]
+    out = [] if c is None else [{"value": _signed(r["mean"], r["lo"], r["hi"]), "label": f"{_unit(study)} against {r['baseline']}: {r['verdict']}", "verdict": {"no evidence": "none"}.get(r["verdict"], r["verdict"])} for _, r in c.iterrows()]
     runs = pd.concat([r for r in (parts["sweep"], parts["confirm"]) if r is not None]).sort_values("step").groupby("run").tail(1)
     return out + [{"value": _span(float(runs["seconds"].sum())) + " of core time", "label": f"{len(runs)} training runs, {_big(float(runs['flops'].astype(float).sum()))} FLOPs", "verdict": ""}]
 
@@ -209,7 +216,7 @@ def _notes(study, parts):
     "What the reader should be warned of."
     c, r, large = parts["comparison"], parts["recipe"], proxy_config(study, confirm=True)
     out = [] if c is None else [f"The recipe did worse than {b} when trained. Do not use it; train more proxies or use {b}." for b in c.loc[c["verdict"] == "worse", "baseline"]]
-    if c is not None and (c["verdict"] != "better").all(): out.append("No rival was beaten beyond the noise of the seeds. On this corpus, at this size, the evidence does not favour any of these mixtures.")
+    if c is not None and (c["verdict"] == "no evidence").all(): out.append("No rival was beaten beyond the noise of the seeds. On this corpus, at this size, the evidence does not favour any of these mixtures.")
     if r.budget > 2*large.tokens: out.append(f"The recipe is for {_big(r.budget)} tokens; the largest models trained here saw {_big(large.tokens)}, {r.budget/large.tokens:.0f} times fewer. What holds here is evidence, not proof, for the larger run.")
     return out
 
@@ -225,7 +232,7 @@ def write_report(
     parts = _gather(study)
     c, large = parts["comparison"], proxy_config(study, confirm=True)
     answer = ("This is a prediction from small models; it has not been checked by training." if c is None else
-              f"Checked by training {c['n'].max():.0f} seeds of each mixture at {_big(large.n_params)} parameters; differences are in the target loss (nats per token, lower is better), with 95 % intervals.")
+              f"Checked by training {c['n'].max():.0f} seeds of each mixture at {_big(large.n_params)} parameters; differences are in the target ({_unit(study)}, lower is better), with 95 % intervals.")
     page = Environment(autoescape=True).from_string(files("mixbook").joinpath("report.html").read_text(encoding="utf-8")).render(
         version=__version__, title=f"mixbook: {_headline(parts['recipe'], c)}", subtitle=f"{len(parts['corpus'].domains)} domains, {len(parts['sweep'])} proxies",
         headline=_headline(parts["recipe"], c), answer=answer, cards=_cards(study, parts), notes=_notes(study, parts), sections=[f(study, parts) for f in _SECTIONS])

@@ -331,6 +331,7 @@ class GPFit:
     shift:np.ndarray # (k,) mean of the features
     scale:float # Spread of the features
     eps:float # Added to a weight before the logarithm
+    nv:np.ndarray # (t, n) variance of each run around the surface, in the units of the process
     base:LawFit|None=None # The law below, or none
 
     def features(self, H): return (np.log(H + self.eps) - self.shift)/self.scale
@@ -371,7 +372,7 @@ def draw(self:GPFit,
 )->np.ndarray: # (n, m, t) deviations from the mean
     "Deviations from the mean of `n` surfaces drawn from the posterior, coherent over rows (Matheron's rule, arXiv 2002.09309)."
     f = _waves(self, n, rng)
-    e = f(self.H) + rng.standard_normal((n, *self.al.T.shape))*np.exp(self.x[:, -1])
+    e = f(self.H) + rng.standard_normal((n, *self.al.T.shape))*np.sqrt(self.nv).T
     v = np.einsum('tij,njt->tin', self.Ti, e)
     out = np.concatenate([f(h) - np.moveaxis(self._k(h)@v, 0, 2).swapaxes(0, 1) for h in blocks(H)], 1)*self.sd
     return out if self.base is None else out + self.base.draw(H, n, rng)
@@ -383,9 +384,10 @@ def _solve(H, Y, x, eps, base, extra, frame, counts=None):
     c = np.ones(len(H)) if counts is None else np.asarray(counts, float)
     keep = c > 0; H, R, X, c = H[keep], R[keep], X[keep], c[keep]; I = np.arange(len(H))
     T = _kernel(x, X, X) + 1.
-    T[:, I, I] += (np.exp(2*x[:, -1, None]) + extra[:, keep] + 1e-8)/c
+    nv = (np.exp(2*x[:, -1, None]) + extra[:, keep] + 1e-8)/c
+    T[:, I, I] += nv
     Ti = spd_inverse(T)[1]
-    return GPFit(H, x, Ti, (Ti@((R - mu)/sd).T[..., None])[..., 0], mu, sd, shift, scale, eps, base)
+    return GPFit(H, x, Ti, (Ti@((R - mu)/sd).T[..., None])[..., 0], mu, sd, shift, scale, eps, nv, base)
 
 # %% ../nbs/04b_response.ipynb #4e6baed7
 def fit_gp(

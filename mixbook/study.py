@@ -10,11 +10,11 @@ __all__ = ['TRAINERS', 'Study', 'full_targets', 'start_study', 'open_study', 'st
            'confirm_study', 'confirmed_runs', 'study_comparison']
 
 # %% ../nbs/12a_study.ipynb #4c1708be
-import json
+import json, warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import DataError, Record, one_of, outcome_cols, read_runs, weights_of, write_text, _read_text
+from .core import DataError, MixbookWarning, Record, UnsupportedError, one_of, outcome_cols, read_runs, weights_of, write_text, _read_text
 
 # %% ../nbs/12a_study.ipynb #78cb812a
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Study(Record):
     n_mixtures: int = 64 # Mixtures to train
     depth: int = 2 # Depth of the proxy
     tokens: int = 400_000 # Training tokens of a proxy
-    confirm_depth: int = 3 # Depth of the confirmation models
+    confirm_depth: int = 0 # Depth of the confirmation models; 0: the least that has four times the proxy's parameters
     confirm_tokens: int = 1_000_000 # Training tokens of a confirmation model
     seq_len: int = 64 # Tokens predicted per window, of proxies and confirmation models
     confirm_seeds: int = 3 # Seeds of each rival in the confirmation
@@ -49,7 +49,9 @@ def full_targets(
     asked = dict(targets) if isinstance(targets, dict) else {t: 1.0 for t in targets or domains}
     known = list(domains) + [f"{p}/{d}" for p in ("loss", "bpb") for d in domains]
     for t in asked: one_of(t, known, what="target")
-    return {t if t.startswith(("loss/", "bpb/")) and t not in domains else f"loss/{t}": float(p) for t, p in asked.items()}
+    full = {t if t.startswith(("loss/", "bpb/")) and t not in domains else f"loss/{t}": float(p) for t, p in asked.items()}
+    if len(full) < len(asked) or len({t.split("/")[0] for t in full}) > 1: raise DataError(f"expected each target once and all in one unit, found {', '.join(asked)}. Use either domains or `loss/…` (nats per token), or `bpb/…` (bits per byte).")
+    return full
 
 # %% ../nbs/12a_study.ipynb #c9a2ead7
 def start_study(
@@ -63,11 +65,13 @@ def start_study(
     from mixbook.corpus import open_corpus
     corpus = open_corpus(corpus) if isinstance(corpus, (str, Path)) else corpus
     for k in settings: one_of(k, Study.__dataclass_fields__, what="setting")
+    if len(corpus.domains) < 2: raise DataError(f"expected at least two domains to mix, found {len(corpus.domains)} ({', '.join(corpus.domains)}). Name the column with domain=, or give each domain a folder.")
     study = Study(folder=str(folder), corpus=str(corpus.path), targets=full_targets(targets, corpus.domains), **settings)
     file = study.path/"study.json"
     if file.exists():
         old = open_study(folder)
-        diff = [k for k, v in asdict(study).items() if k not in ("folder", "n_workers") and v != getattr(old, k)]
+        frozen = {"depth", "tokens", "seq_len", "seed", "confirm_depth", "confirm_tokens", "match_repetition"} | ({"budget"} if study.match_repetition else set())
+        diff = [k for k in asdict(study) if k in frozen and getattr(study, k) != getattr(old, k)] + (["corpus"] if Path(old.corpus).resolve() != Path(study.corpus).resolve() else [])
         if diff: raise DataError(f"{folder} holds a study with other settings ({diff[0]}: {getattr(old, diff[0])!r}, now {getattr(study, diff[0])!r}). Choose another folder, or delete this one.")
     study.to_json(file)
     return study
@@ -81,7 +85,7 @@ def open_study(
     if not file.exists(): raise DataError(f"expected a study at {folder}, found no study.json in it. Begin one with `mixbook corpus SOURCE {folder}` or `start_study`.")
     study = Study.from_json(file).replace(folder=str(folder))
     inside = Path(folder)/Path(study.corpus).name
-    return study if Path(study.corpus).exists() or not inside.exists() else study.replace(corpus=str(inside))
+    return study.replace(corpus=str(inside.absolute())) if (inside/"manifest.json").exists() else study
 
 # %% ../nbs/12a_study.ipynb #64b8bf5f
 def study_budget(
@@ -95,13 +99,17 @@ def proxy_config(
     study:Study, # Settings
     confirm:bool=False, # The confirmation model instead of the proxy
 ): # `ProxyConfig`
-    "The model that `study` trains."
+    "The model that `study` trains; raises `DataError` when the confirmation model has less than four times the proxy's parameters."
     from mixbook.corpus import open_corpus
     from mixbook.proxy import ProxyConfig
-    depth, tokens = (study.confirm_depth, study.confirm_tokens) if confirm else (study.depth, study.tokens)
     corpus = open_corpus(study.corpus)
     target = study_budget(study, corpus) if study.match_repetition else None
-    return ProxyConfig(depth=depth, tokens=tokens, seq_len=study.seq_len, vocab=corpus.vocab_size, target_tokens=target)
+    proxy = ProxyConfig(depth=study.depth, tokens=study.tokens, seq_len=study.seq_len, vocab=corpus.vocab_size, target_tokens=target)
+    if not confirm: return proxy
+    large = lambda depth: proxy.replace(depth=depth, tokens=study.confirm_tokens)
+    depth = study.confirm_depth or next(d for d in range(study.depth + 1, 999) if large(d).n_params >= 4*proxy.n_params)
+    if large(depth).n_params < 4*proxy.n_params: raise DataError(f"expected a confirmation model of at least four times the proxy's {proxy.n_params:,} parameters, found {large(depth).n_params:,} at confirm_depth={depth}. Leave it out to have it chosen.")
+    return large(depth)
 
 # %% ../nbs/12a_study.ipynb #acc85c36
 def sweep_study(
@@ -124,7 +132,8 @@ def study_runs(
 )->pd.DataFrame: # One row per checkpoint of each finished run
     "The finished runs of one part of `study`; raises `DataError` when there are none."
     runs = read_runs(study.path/"runs")
-    runs = runs[(runs["study"] == name) & (runs["status"] == "done")]
+    from mixbook.corpus import open_corpus
+    runs = runs[(runs["study"] == name) & (runs["status"] == "done") & (runs["corpus_hash"] == open_corpus(study.corpus).hash)]
     if not len(runs): raise DataError(f"expected finished runs of the {name} in {study.path/'runs'}, found none. Run `mixbook {name} {study.folder}`.")
     return runs.sort_values(["run", "step"], ignore_index=True)
 
@@ -163,7 +172,8 @@ def fit_study(
     from mixbook.surrogate import cross_validate
     runs = study_runs(study)
     out = pd.DataFrame({k: cross_validate(runs, study.targets, kind=k, seed=study.seed).loc["combined"] for k in dict.fromkeys((study.kind, *kinds))}).T.rename_axis("surrogate")
-    write_text(study.path/"fit.json", out.to_json(orient="split", indent=1))
+    held = heldout_predictions(runs, study.targets, kind=study.kind, seed=study.seed)
+    write_text(study.path/"fit.json", json.dumps({"scores": json.loads(out.to_json(orient="split", double_precision=15)), "heldout": json.loads(held.to_json(orient="split", double_precision=15))}, indent=1))
     return out
 
 # %% ../nbs/12a_study.ipynb #67ea6580
@@ -175,7 +185,7 @@ def study_surrogate(
     return fit_surrogate(study_runs(study), study.targets, kind=study.kind, seed=study.seed)
 
 # %% ../nbs/12a_study.ipynb #b198d490
-TRAINERS = {"megatron": "recipes/megatron.txt", "llm_foundry": "recipes/llm_foundry.yaml", "olmo_core": "recipes/olmo_core.yaml"}
+TRAINERS = {"megatron_json": "recipes/megatron.json", "llm_foundry": "recipes/llm_foundry.yaml", "olmo_core": "recipes/olmo_core.yaml"}
 
 def propose_study(
     study:Study, # Settings
@@ -185,25 +195,31 @@ def propose_study(
 ): # `Recipe`
     "Propose the recipe of `study`; write `recipe.json` and the recipe for each of `TRAINERS`."
     from mixbook.corpus import open_corpus
-    from mixbook.recipe import propose
+    from mixbook.recipe import baselines, propose
     from mixbook.sweep import repetition_caps
     from mixbook.writers import write_recipe
     corpus = open_corpus(study.corpus)
     budget = study_budget(study, corpus)
     caps = repetition_caps(corpus, budget, max_passes=study.max_passes) if caps is None else caps
-    recipe = propose(study_surrogate(study), corpus=corpus, budget=budget, caps=caps, floors=floors, kl=study.kl, seed=study.seed)
-    for target, name in TRAINERS.items(): write_recipe(recipe, study.path/name, target)
+    surrogate = study_surrogate(study)
+    recipe = propose(surrogate, corpus=corpus, budget=budget, caps=caps, floors=floors, kl=study.kl, seed=study.seed)
     recipe.to_json(study.path/"recipe.json")
+    write_text(study.path/"rivals.json", json.dumps({k: dict(v) for k, v in {"recipe": recipe.weights, **baselines(surrogate, corpus.natural)}.items()}, indent=1))
+    for target, name in TRAINERS.items():
+        try: write_recipe(recipe, study.path/name, target)
+        except UnsupportedError as e:
+            (study.path/name).unlink(missing_ok=True)
+            warnings.warn(f"{name} was not written: {e}", MixbookWarning, stacklevel=2)
     return recipe
 
 # %% ../nbs/12a_study.ipynb #1d72d78e
 def rivals(
     study:Study, # Settings
 )->dict: # Name → shares: recipe, natural, uniform, best of swarm
-    "The recipe of `study` and the mixtures it has to beat; raises `DataError` before there is a recipe."
-    from mixbook.corpus import open_corpus
-    from mixbook.recipe import Recipe, baselines
-    return {"recipe": Recipe.from_json(study.path/"recipe.json").weights, **baselines(study_surrogate(study), open_corpus(study.corpus).natural)}
+    "The recipe of `study` and the mixtures it has to beat, as they stood when it was proposed; raises `DataError` before that."
+    file = study.path/"rivals.json"
+    if not file.exists(): raise DataError(f"expected a recipe in {study.folder}, found none. Run `mixbook propose {study.folder}` first.")
+    return {k: pd.Series(v) for k, v in json.loads(file.read_text(encoding="utf-8")).items()}
 
 # %% ../nbs/12a_study.ipynb #5f1ae99c
 def confirm_study(
@@ -216,7 +232,7 @@ def confirm_study(
     from mixbook.corpus import open_corpus
     from mixbook.recipe import confirm
     out = confirm(open_corpus(study.corpus), rivals(study), proxy_config(study, confirm=True), path=study.path/"runs",
-                  seeds=tuple(range(study.confirm_seeds)), n_workers=study.n_workers, evals=4, dry=dry, progress=progress)
+                  seeds=tuple(range(study.confirm_seeds)), n_workers=study.n_workers, evals=6, dry=dry, progress=progress)
     return out if dry else study_comparison(study)
 
 # %% ../nbs/12a_study.ipynb #935e79fe
@@ -225,7 +241,10 @@ def confirmed_runs(
 )->pd.DataFrame: # Runs table with column `recipe`
     "The finished runs of the confirmation, named; raises `DataError` when one is missing."
     from mixbook.recipe import label_runs
-    return label_runs(study_runs(study, "confirm"), rivals(study))
+    runs = label_runs(study_runs(study, "confirm"), rivals(study))
+    seeds = runs.groupby("recipe")["seed"].nunique()
+    if seeds.min() < study.confirm_seeds: raise DataError(f"expected {study.confirm_seeds} seeds of each mixture, found {seeds.min()} of {seeds.idxmin()!r}. Run `mixbook confirm {study.folder}` again; finished runs are kept.")
+    return runs
 
 def study_comparison(
     study:Study, # Settings

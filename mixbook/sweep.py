@@ -286,6 +286,7 @@ def sample_mixtures(
     include = [one_of(o, ("natural", "uniform"), what="baseline") for o in ([include] if isinstance(include, str) else include)]
     if not (isinstance(n, (int, np.integer)) and n > len(include)): raise DataError(f"expected n above the {len(include)} included baselines, found {n!r}. Ask for more mixtures or pass include=().")
     base = space.close([space.natural if o == "natural" else np.ones(space.k) for o in include]) if include else np.empty((0, space.k))
+    if len(base) == 2 and np.allclose(*base, atol=1e-9): base, include = base[:1], include[:1]
     more = dict(options, start=base) if how == "d-optimal" else options
     m = n - len(base)
     W = np.vstack([base, space.close(designs[how](space, m, np.random.default_rng(seed), **more))[:m]])
