@@ -64,7 +64,9 @@ def sweep(
     from mixbook.study import open_study, sweep_study
     s = open_study(study)
     if dry: return print(sweep_study(s, dry=True))
-    print(f"{sweep_study(s)['run'].nunique()} runs in {s.path/'runs'}")
+    n = sweep_study(s)["run"].nunique()
+    if n < s.n_mixtures: raise DataError(f"expected {s.n_mixtures} finished runs, found {n}; the others stand in {s.path/'runs'} with the reason in column `error`. The same command tries them again.")
+    print(f"{n} runs in {s.path/'runs'}")
 
 # %% ../nbs/13_cli.ipynb #5c776cd8
 @verbs.register("fit")
