@@ -277,7 +277,7 @@ def sample_mixtures(
     how:str="d-optimal", # A name in `designs`
     floors=None, # Least share: one number, or {domain: share}
     caps=None, # Greatest share: one number, or {domain: share}, e.g. of `repetition_caps`
-    include:Iterable[str]=("natural", "uniform"), # Baselines that are among the `n`
+    include:Iterable[str]=("natural", "uniform"), # Baselines that are among the `n`; a D-optimal design holds them once where they are the same
     seed:int=0, # Of the draws
     **options, # Of the design: temperatures, strengths, pool, …
 )->pd.DataFrame: # (n, k) mixtures; the index names them
@@ -286,7 +286,7 @@ def sample_mixtures(
     include = [one_of(o, ("natural", "uniform"), what="baseline") for o in ([include] if isinstance(include, str) else include)]
     if not (isinstance(n, (int, np.integer)) and n > len(include)): raise DataError(f"expected n above the {len(include)} included baselines, found {n!r}. Ask for more mixtures or pass include=().")
     base = space.close([space.natural if o == "natural" else np.ones(space.k) for o in include]) if include else np.empty((0, space.k))
-    if len(base) == 2 and np.allclose(*base, atol=1e-9): base, include = base[:1], include[:1]
+    if how == "d-optimal" and len(base) == 2 and np.allclose(*base, atol=1e-9): base, include = base[:1], include[:1]      # one mixture, one run
     more = dict(options, start=base) if how == "d-optimal" else options
     m = n - len(base)
     W = np.vstack([base, space.close(designs[how](space, m, np.random.default_rng(seed), **more))[:m]])

@@ -81,7 +81,8 @@ def test_every_design_is_closed_bounded_and_repeatable(case, how, n):
     except DataError as e:
         assert "distinct mixtures" in str(e)            # bounds so tight that the choice has nothing to choose from
         return
-    assert out.shape == (n, space.k) and out.index.is_unique and list(out.index[:2]) == ["natural", "uniform"]
+    same = how == "d-optimal" and np.allclose(*space.close([space.natural, np.ones(space.k)]), atol=1e-9)
+    assert out.shape == (n, space.k) and out.index.is_unique and list(out.index[:2 - same]) == ["natural", "uniform"][:2 - same]
     W = out.to_numpy()
     assert np.abs(W.sum(1) - 1).max() < 1e-12 and (W >= space.lo).all() and (W <= space.hi).all()
     pd.testing.assert_frame_equal(out, draw(3))
@@ -335,3 +336,9 @@ def test_caps_of_a_corpus(corpus):
     out = sample_mixtures(corpus, 10, caps=caps)
     assert (design_report(out, corpus, tokens=10*int(corpus.table["tokens"].sum()))["passes"] <= 12 + 1e-9).all()
     with pytest.raises(DataError, match="above zero"): repetition_caps(corpus, 0)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_a_balanced_corpus_has_one_baseline_and_a_full_design(k):
+    out = sample_mixtures(pd.Series(1/k, [f"d{i}" for i in range(k)]), 8, seed=0)
+    assert len(out) == len(out.round(9).drop_duplicates()) == 8 and out.index[0] == "natural" and "uniform" not in out.index
