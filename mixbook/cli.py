@@ -19,7 +19,7 @@ verbs = Registry("verb")
 @verbs.register("demo")
 def demo(
     out:str=None, # Folder of the study; mixbook-demo or mixbook-demo-quick without
-    quick:bool=False, # Under two minutes instead of about ten
+    quick:bool=False, # Under two minutes instead of five to ten
     n_workers:int=2, # Processes
     seed:int=0, # Seed of the design
 ):

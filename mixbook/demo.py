@@ -34,7 +34,7 @@ def study_plan(
 def run_demo(
     out:str|Path|None=None, # Folder of the study; 'mixbook-demo' or 'mixbook-demo-quick' without
     *,
-    quick:bool=False, # Under two minutes instead of about ten
+    quick:bool=False, # Under two minutes instead of five to ten
     corpus=None, # Another corpus than the embedded one
     n_workers:int=2, # Processes
     seed:int=0, # Seed of the design
