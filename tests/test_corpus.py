@@ -220,9 +220,10 @@ GOOD = {f"d/{i}.txt": doc(random.Random(i)).encode() for i in range(12)}
     ("d/x.jsonl", b'[1]\n', "a JSON object on line 1", "bad JSON"),
     ("d/x.jsonl", b'{"text": 5}\n', "found int", "not text"),
     ("d/x.jsonl", b'{"text": "a \\ud800 b"}\n', "half a surrogate", "other encodings"),
-    ("d/x.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 1000)[:-20], "could not read", "unreadable"),
+    ("d/x.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 1000, mtime=0)[:-20], "could not read", "unreadable"),
     ("d/x.jsonl.zst", b"not zstd", "could not read", "unreadable"),
-    ("d/x.parquet", b"PAR1 no", "expected a Parquet file", "unreadable")])
+    ("d/x.parquet", b"PAR1 no", "expected a Parquet file", "unreadable")],
+    ids=["latin", "picture", "late", "half a line", "a list", "a number", "a surrogate", "cut gzip", "not zstd", "not parquet"])
 def test_bad_files_are_named_or_counted(tmp_path, name, data, message, counted):
     source = bad(tmp_path, {**GOOD, name: data})
     with pytest.raises(DataError, match=message): quiet(source, tmp_path/"a")
