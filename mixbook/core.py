@@ -188,6 +188,10 @@ def write_text(
     with atomic_path(path) as tmp: tmp.write_text(text, encoding="utf-8")
     return Path(path)
 
+def _write_bytes(path, data):
+    "Write `data` to `path`, atomically."
+    with atomic_path(path) as tmp: tmp.write_bytes(data)
+
 # %% ../nbs/00_core.ipynb #bb57e5c1
 def write_runs(
     runs:pd.DataFrame, # Rows to add

@@ -13,8 +13,8 @@ import hashlib, os, re, sys, urllib.request, warnings
 from collections.abc import Mapping
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import (BPB, LOSS, SCORE, WEIGHT, DataError, MixbookWarning, atomic_path, check_runs, did_you_mean, normalise_weights,
-                          one_of, weight_cols)
+from .core import (BPB, LOSS, SCORE, WEIGHT, DataError, MixbookWarning, check_runs, did_you_mean, normalise_weights,
+                          one_of, weight_cols, _write_bytes)
 
 # %% ../nbs/04a_interop.ipynb #bf782ae6
 def _prefixed(frame, prefix, known=(WEIGHT, LOSS, BPB, SCORE)):
@@ -197,8 +197,7 @@ def published(
     folder = cache_folder()/"published"/name
     if name != "regmix": raise DataError(f"no rows of {name!r} on this machine, and no download is known for it{did_you_mean(name, ['regmix'])} Put its folder below the one that MIXBOOK_DATA names.")
     if all((folder/f).is_file() for f in (*REGMIX_FILES, "prior.csv")): return folder
-    for f, data in _get_regmix(url or REGMIX_URL).items():
-        with atomic_path(folder/f) as tmp: tmp.write_bytes(data)
+    for f, data in _get_regmix(url or REGMIX_URL).items(): _write_bytes(folder/f, data)
     return folder
 
 # %% ../nbs/04a_interop.ipynb #d2c71911

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 from . import __version__
-from .core import DataError, MixbookWarning, atomic_path, one_of, run_id
+from .core import DataError, MixbookWarning, one_of, run_id, _write_bytes
 from .stream import Stream, check_mixture, heldout_batches, matched_unique_tokens
 from .decoder import Decoder, ProxyConfig, count_params, flops_per_token, gradients
 
@@ -238,7 +238,7 @@ def _run(t, checkpoint=None, save_seconds=20., progress=True, desc="proxy"):
 def _save(t, path):
     "Write weights, moments and position of `t` to `path`, atomically."
     meta = dict(ids=t.ids, step=t.step, seconds=t.seconds, rows=t.rows, dtype=str(t.dtype), code=__version__)
-    with atomic_path(path) as tmp: tmp.write_bytes(save({k: getattr(t, k) for k in ("flat", "m", "v", "bad")}, {"mixbook": json.dumps(meta)}))
+    _write_bytes(path, save({k: getattr(t, k) for k in ("flat", "m", "v", "bad")}, {"mixbook": json.dumps(meta)}))
 
 def _restore(t, path):
     "Continue `t` from `path` if it is there; raises `DataError` when it is cut short or belongs to another run."

@@ -12,7 +12,8 @@ import base64, io, json
 from importlib.resources import files
 import numpy as np, pandas as pd
 from . import __version__
-from .core import DataError, write_text, weights_of
+from .core import DataError, write_text, weights_of, _write_bytes
+from .sweep import _span
 from .study import TRAINERS, Study, open_study, confirmed_runs, proxy_config, study_comparison, study_runs
 
 # %% ../nbs/12b_report.ipynb #6cf3bf94
@@ -21,12 +22,6 @@ def _big(
 )->str: # "1.2e+14", "400,000"
     "A count as people read it: with commas up to ten million, as a power of ten beyond."
     return f"{x:,.0f}" if abs(x) < 1e7 else f"{x:.2g}"
-
-def _span(
-    seconds:float, # Duration in seconds
-)->str: # "40 s", "12 min", "3.4 h"
-    "A duration with the precision that it deserves."
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds/60:.0f} min" if seconds < 6000 else f"{seconds/3600:.1f} h"
 
 def _signed(
     mean:float, # Difference
@@ -80,11 +75,6 @@ def _figure(
     return {"light": light, "dark": _png(draw, True), "alt": alt, "caption": caption}
 
 # %% ../nbs/12b_report.ipynb #37755aeb
-def _write_bytes(path, data):
-    "Write `data` to `path`, atomically."
-    from mixbook.core import atomic_path
-    with atomic_path(path) as tmp: tmp.write_bytes(data)
-
 def _table(
     frame:pd.DataFrame, # Index becomes the first column
     caption:str, # Sentence above it
@@ -199,7 +189,7 @@ def _gather(
     fit, frame = study.path/"fit.json", lambda d: pd.DataFrame(d["data"], d["index"], d["columns"])
     found = {k: frame(d) for k, d in json.loads(fit.read_text(encoding="utf-8")).items()} if fit.exists() else {}
     comparison = confirm = why = None
-    try: comparison, confirm = study_comparison(study), confirmed_runs(study)
+    try: comparison, confirm = study_comparison(study, runs := confirmed_runs(study)), runs
     except DataError as e: why = str(e)
     return {"recipe": Recipe.from_json(study.path/"recipe.json"), "corpus": open_corpus(study.corpus), "sweep": study_runs(study), "confirm": confirm, "comparison": comparison, "why": why,
             "fit": found.get("scores"), "heldout": found.get("heldout")}

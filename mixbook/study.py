@@ -6,15 +6,16 @@ Docs: https://mixbook.github.io/mixbook/study.html.md"""
 
 # %% auto #0
 __all__ = ['TRAINERS', 'Study', 'full_targets', 'start_study', 'open_study', 'study_budget', 'proxy_config', 'sweep_study',
-           'study_runs', 'heldout_predictions', 'combined', 'fit_study', 'study_surrogate', 'propose_study', 'rivals',
+           'study_runs', 'heldout_predictions', 'fit_study', 'study_surrogate', 'propose_study', 'rivals',
            'confirm_study', 'confirmed_runs', 'study_comparison']
 
 # %% ../nbs/12a_study.ipynb #4c1708be
 import json, warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-import numpy as np, pandas as pd
-from .core import DataError, MixbookWarning, Record, UnsupportedError, one_of, outcome_cols, read_runs, weights_of, write_text, _read_text
+import pandas as pd
+from .core import DataError, MixbookWarning, Record, UnsupportedError, one_of, read_runs, write_text
+from .recipe import combined
 
 # %% ../nbs/12a_study.ipynb #78cb812a
 @dataclass(frozen=True)
@@ -145,34 +146,21 @@ def heldout_predictions(
     kind:str="ensemble", # Surrogate
     folds:int=5, # Parts
     seed:int=0, # Of the parts
-)->pd.DataFrame: # One row per run: observed, mean, sd
-    "Predict every run by a surrogate that was fitted without its part of the runs."
-    from mixbook.surrogate import fit_surrogate
-    part = np.random.default_rng(seed).permutation(len(runs)) % min(folds, len(runs))
-    out = []
-    for i in range(part.max() + 1):
-        held, s = runs[part == i], fit_surrogate(runs[part != i], targets, kind=kind, seed=seed)
-        out.append(s.predict(held).assign(observed=combined(held, targets), run=held["run"]))
-    return pd.concat(out).sort_index()
+)->pd.DataFrame: # One row per run: mean, sd, observed
+    "Predict the combined target of every run by a surrogate that was fitted without its part of the runs: what `cross_validate` scores."
+    from mixbook.surrogate import _held_combined, _held_parts
+    return _held_combined(_held_parts(runs, targets, kind, folds, seed))
 
 # %% ../nbs/12a_study.ipynb #218a098b
-def combined(
-    runs:pd.DataFrame, # Runs table
-    targets:dict, # {outcome column: priority}
-)->pd.Series: # Combined target of each run, lower is better
-    "The weighted mean of the `targets` of each run."
-    q = pd.Series(targets, dtype=float)
-    return runs[list(q.index)].astype(float)@(q/q.sum())
-
 def fit_study(
     study:Study, # Settings
     kinds:tuple=("ridge", "gp"), # Further surrogates beside the chosen one
 )->pd.DataFrame: # One row per kind: rank correlation, errors, coverage
     "Cross-validate the surrogate of `study` on its runs, and write `fit.json`."
-    from mixbook.surrogate import cross_validate
+    from mixbook.surrogate import _held_combined, _held_parts, _held_scores
     runs = study_runs(study)
-    out = pd.DataFrame({k: cross_validate(runs, study.targets, kind=k, seed=study.seed).loc["combined"] for k in dict.fromkeys((study.kind, *kinds))}).T.rename_axis("surrogate")
-    held = heldout_predictions(runs, study.targets, kind=study.kind, seed=study.seed)
+    parts = {k: _held_parts(runs, study.targets, k, 5, study.seed) for k in dict.fromkeys((study.kind, *kinds))}
+    out, held = pd.DataFrame({k: _held_scores(p).iloc[-1] for k, p in parts.items()}).T.rename_axis("surrogate"), _held_combined(parts[study.kind])
     write_text(study.path/"fit.json", json.dumps({"scores": json.loads(out.to_json(orient="split", double_precision=15)), "heldout": json.loads(held.to_json(orient="split", double_precision=15))}, indent=1))
     return out
 
@@ -248,9 +236,10 @@ def confirmed_runs(
 
 def study_comparison(
     study:Study, # Settings
+    runs:pd.DataFrame=None, # Its `confirmed_runs`, where they were read already
 )->pd.DataFrame: # One row per rival: mean paired difference, interval, verdict
     "The recipe of `study` against each rival, paired by seed; negative means that the recipe's loss is lower."
     from mixbook.recipe import compare_recipes
-    runs = confirmed_runs(study)
+    runs = confirmed_runs(study) if runs is None else runs
     rows = [compare_recipes(runs[runs["recipe"].isin(["recipe", r])], baseline=r, targets=study.targets) for r in runs["recipe"].unique() if r != "recipe"]
     return pd.concat(rows, ignore_index=True)

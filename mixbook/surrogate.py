@@ -216,13 +216,13 @@ def _targets(targets, runs):
     return {t: float(v)/sum(q.values()) for t, v in q.items()}
 
 # %% ../nbs/05_surrogate.ipynb #288d5947
-def _usable(runs, targets):
+def _usable(runs, targets, stacklevel=3):
     "Checked runs, last checkpoint of each, without rows that lack a target."
     runs = check_runs(runs, atol=5e-3, need=targets); weights_of(runs)
     runs = runs.sort_values("step", kind="stable").drop_duplicates("run", keep="last").sort_index()
     ok = np.isfinite(runs[targets].astype(float)).all(axis=1) & ~runs["status"].isin(["failed", "running"])
     if ok.sum() < 3: raise FitError(f"expected at least 3 finished runs, found {int(ok.sum())} of {len(runs)}. Train more mixtures.")
-    if (n := int((~ok).sum())): warnings.warn(f"{n} of {len(runs)} runs have no finite {targets[0] if len(targets) == 1 else 'targets'} or failed; they are left out.", FitWarning, stacklevel=3)
+    if (n := int((~ok).sum())): warnings.warn(f"{n} of {len(runs)} runs have no finite {targets[0] if len(targets) == 1 else 'targets'} or failed; they are left out.", FitWarning, stacklevel=stacklevel)
     return normalise_weights(runs[ok]).reset_index(drop=True)
 
 # %% ../nbs/05_surrogate.ipynb #6f6a1c31
@@ -483,6 +483,27 @@ def coverage(
     return ((m - y).abs() <= norm.ppf((1 + level)/2)*sd).mean()
 
 # %% ../nbs/05_surrogate.ipynb #3b3783b4
+def _held_parts(runs, targets, kind, folds, seed):
+    "Per fold, by a surrogate that has not seen it: predicted means and sds, and observed outcomes, as in `_with_combined`, and the runs' ids."
+    q = _targets(targets, check_runs(runs, atol=5e-3)); runs = _usable(runs, list(q), stacklevel=4)
+    fold = _deal(weights_of(runs).to_numpy(float), folds, seed)
+    if fold.max() < 1: raise FitError("expected at least two different mixtures, found one. Train more mixtures.")
+    return [(*_with_combined(fit_surrogate(runs[fold != f], q, kind=kind, seed=seed), runs[fold == f]), runs["run"][fold == f]) for f in range(fold.max() + 1)]
+
+def _held_scores(parts):
+    "Scores of the predictions `parts`, one row per target and for the combination, which comes last."
+    m, sd, y = (pd.concat(o) for o in zip(*(p[:3] for p in parts))); flip = np.array([-1. if c.startswith(SCORE) else 1. for c in m])
+    regret = np.mean([[(f*o[c]).iloc[int(np.argmin(f*p[c]))] - (f*o[c]).min() for c, f in zip(m, flip)] for p, _, o, _ in parts], axis=0)
+    rmse = np.sqrt(((m - y)**2).mean())
+    return pd.DataFrame({"spearman": spearman(m.to_numpy(), y.to_numpy()), "rmse": rmse, "nrmse": rmse/y.std(ddof=0), "regret": regret,
+                         "coverage": ((m - y).abs() <= norm.ppf(.95)*sd).mean()})
+
+def _held_combined(parts):
+    "The predictions `parts` of the combined target: mean, sd, observed and run, in the order of the runs."
+    m, sd, y, run = (pd.concat(o).sort_index() for o in zip(*parts)); flip = -1. if m.columns[-1].startswith(SCORE) else 1.
+    return pd.DataFrame({"mean": flip*m.iloc[:, -1], "sd": sd.iloc[:, -1], "observed": flip*y.iloc[:, -1], "run": run})
+
+# %% ../nbs/05_surrogate.ipynb #efdf804d
 def cross_validate(
     runs:pd.DataFrame, # Runs table
     targets, # As in `fit_surrogate`
@@ -492,12 +513,4 @@ def cross_validate(
     seed:int=0, # Of the deal and of the fits
 )->pd.DataFrame: # One row per target (and the combination): spearman, rmse, nrmse, regret, coverage
     "Score a kind on runs that no part of its fit has seen: members, priors, stacking and intervals are learned again inside each fold."
-    q = _targets(targets, check_runs(runs, atol=5e-3)); runs = _usable(runs, list(q))
-    fold = _deal(weights_of(runs).to_numpy(float), folds, seed)
-    if fold.max() < 1: raise FitError("expected at least two different mixtures, found one. Train more mixtures.")
-    parts = [_with_combined(fit_surrogate(runs[fold != f], q, kind=kind, seed=seed), runs[fold == f]) for f in range(fold.max() + 1)]
-    m, sd, y = (pd.concat(o) for o in zip(*parts)); flip = np.array([-1. if c.startswith(SCORE) else 1. for c in m])
-    regret = np.mean([[(f*o[c]).iloc[int(np.argmin(f*p[c]))] - (f*o[c]).min() for c, f in zip(m, flip)] for p, _, o in parts], axis=0)
-    rmse = np.sqrt(((m - y)**2).mean())
-    return pd.DataFrame({"spearman": spearman(m.to_numpy(), y.to_numpy()), "rmse": rmse, "nrmse": rmse/y.std(ddof=0), "regret": regret,
-                         "coverage": ((m - y).abs() <= norm.ppf(.95)*sd).mean()})
+    return _held_scores(_held_parts(runs, targets, kind, folds, seed))

@@ -369,13 +369,17 @@ class SweepPlan(Record):
         worst = self.domains["passes"].astype(float)
         where = f"{self.workers} processes" if self.workers else "one process" + (", stacked" if self.how == "stacked" else "")
         return (f"{self.runs} runs to train, {self.done} done already: proxies of {self.n_params:,} parameters, {self.tokens:,} tokens, {self.flops:.2e} FLOPs, "
-                f"about {_clock(self.seconds)} in {where}; at most {worst.max():.2g} passes over a domain ({worst.idxmax()})")
+                f"about {_span(self.seconds)} in {where}; at most {worst.max():.2g} passes over a domain ({worst.idxmax()})")
     def _repr_markdown_(self):
         rows = {"runs to train": self.runs, "done already": self.done, "parameters of a proxy": f"{self.n_params:,}", "tokens": f"{self.tokens:,}", "FLOPs": f"{self.flops:.2e}",
-                "estimated time": _clock(self.seconds), "processes": self.workers or "this one", "most passes over a domain": f"{self.domains['passes'].max():.2g} ({self.domains['passes'].idxmax()})"}
+                "estimated time": _span(self.seconds), "processes": self.workers or "this one", "most passes over a domain": f"{self.domains['passes'].max():.2g} ({self.domains['passes'].idxmax()})"}
         return "\n".join(["| sweep | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
 
-def _clock(s): return f"{s:.0f} s" if s < 100 else f"{s/60:.0f} min" if s < 6000 else f"{s/3600:.1f} h"
+def _span(
+    seconds:float, # Duration in seconds
+)->str: # "40 s", "12 min", "3.4 h"
+    "A duration with the precision that it deserves."
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds/60:.0f} min" if seconds < 6000 else f"{seconds/3600:.1f} h"
 
 # %% ../nbs/04_sweep.ipynb #89ed30f0
 def _plan(corpus, config, jobs, todo, workers, how, device):
