@@ -197,4 +197,4 @@ def latex_of(
     for a in form.formula.__code__.co_varnames[:form.formula.__code__.co_argcount]:
         vector = a in form.vectors or is_vector(form.data.get(a, ""))
         kw[a] = tuple(sp.Symbol(f"{a}_{i+1}", positive=True) for i in range(entries)) if vector else sp.Symbol({"lam": "lambda"}.get(a, a), positive=True)
-    return sp.latex(form.formula(**kw))
+    return sp.latex(form.formula(**kw), order="none")

@@ -170,6 +170,20 @@ def test_cross_validation_learns_nothing_from_the_fold(planted):
     assert s.loc["loss/d0", "spearman"] < .4 and s.loc["loss/d0", "nrmse"] > .8        # no signal, no score
     assert .7 < s.loc["loss/d0", "coverage"] <= 1
 
+@pytest.mark.parametrize("targets", [{"loss/d0": 2., "loss/d1": 1.}, {"loss/d1": 1.}, {"score/s": 1.}], ids=["two", "one", "a score"])
+def test_what_is_shown_is_what_is_scored(planted, tmp_path, monkeypatch, targets):
+    import mixbook.study as study
+    runs = planted[1].assign(**{"score/s": 5 - planted[1]["loss/d0"]})
+    held, scores = study.heldout_predictions(runs, targets, kind="ridge"), cross_validate(runs, targets, kind="ridge").iloc[-1]
+    pd.testing.assert_series_equal(held["observed"], study.combined(runs, targets), check_names=False)
+    np.testing.assert_allclose(np.sqrt(((held["mean"] - held["observed"])**2).mean()), scores["rmse"])
+    np.testing.assert_allclose(((held["mean"] - held["observed"]).abs() <= 1.6448536*held["sd"]).mean(), scores["coverage"])
+    assert held["run"].tolist() == runs["run"].tolist()
+    monkeypatch.setattr(study, "study_runs", lambda _: runs)
+    fit = study.fit_study(study.Study(str(tmp_path), "", targets, kind="ridge"), kinds=())
+    pd.testing.assert_series_equal(fit.loc["ridge"], scores, check_names=False)
+    assert (tmp_path/"fit.json").exists()
+
 def test_stacking_is_convex():
     rng = np.random.default_rng(0); Y = rng.standard_normal((30, 2)); P = Y + rng.standard_normal((4, 30, 2))*np.array([.1, .3, 1, 2])[:, None, None]
     w = stack_weights(P, Y, [1, 1, 1, 1], strength=1.)
