@@ -59,17 +59,21 @@ def _names(form, sizes): # flat names in the order of the signature
     return tuple(out)
 
 def _is_log(form, flat): return form.bounds.get(flat.partition("[")[0], (0, np.inf))[0] >= 0
-def is_vector(column): return column.endswith(("/", "="))
+def is_vector(
+    column:str, # Column of a variable, as a law states it
+)->bool: # "w/" and "bits=" are vectors
+    "Whether a variable is a vector: every column of a prefix, or one indicator per value."
+    return column.endswith(("/", "="))
 
 # %% ../nbs/06b_formula.ipynb #ed2120c0
 def _symbols(form, sizes):
     "Symbols of the parameters, in the search and as they are; of the variables and their logarithms; and the formula."
     import sympy as sp
     theta, logs, raw, sizes = {}, {}, {}, dict(sizes)
-    for n in _names(form, tuple(sizes.items())): theta[n] = sp.Symbol(f"p_{len(theta)}", real=True)
+    for n in _names(form, tuple(sizes.items())): theta[n] = sp.Symbol(f"theta_{len(theta)}", real=True)
     value = {n: sp.exp(s) if _is_log(form, n) else s for n, s in theta.items()}
     def variable(v, i):
-        s, l = sp.Symbol(f"{v}_{i}", positive=True), sp.Symbol(f"log_{v}_{i}", real=True); raw[s], logs[s] = (v, i), l
+        s, l = sp.Symbol(f"x_{v}_{i}", positive=True), sp.Symbol(f"log_{v}_{i}", real=True); raw[s], logs[s] = (v, i), l
         return s
     kw = {v: tuple(variable(v, i) for i in range(sizes[v])) if is_vector(c) else variable(v, 0) for v, c in form.data.items()}
     for p in (a for a in form.formula.__code__.co_varnames[:form.formula.__code__.co_argcount] if a not in form.data):

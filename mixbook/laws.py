@@ -248,7 +248,9 @@ def _setup(runs, law, losses, n, d, columns, on, weights, tied):
     for v, x in data.items():
         if x.ndim == 1 and v in "NDU": _check_values(x, columns[v], {"N": "parameters"}.get(v, "tokens"), runs.index)
     _units(data, columns)
-    if form.requires: form.requires(data)
+    if form.requires:   # a check may look at columns that the formula does not use, where the table has them
+        also = {v: {"n_params": n, "tokens": d}.get(c, c) for v, c in getattr(form.requires, "columns", {}).items() if v not in data}
+        form.requires({**data, **{v: _column(runs, c, v) for v, c in also.items() if c in runs}})
     return form, runs, columns, losses, Y, w, data, levels
 
 # %% ../nbs/07_laws.ipynb #5c14b5de
@@ -271,7 +273,7 @@ def fit_laws(
     bootstrap:int=0, # Resamples of the rows
     cluster:str|None=None, # Column whose values are resampled together, such as "run"
     n_starts:int=8, # Starts polished
-    tol:float|None=None, # Relative change at which a fit is done; default 1e-9, or 1e-7 beyond twelve parameters
+    tol:float|None=None, # Relative change at which a fit is done; default 1e-9, or 1e-6 beyond twelve parameters
     seed:int=0, # Of starts and resamples
 )->dict: # Loss column -> `Law`
     "Fit one law to several losses of the same runs, all at once; raises `DataError` for rows that cannot be fitted."
@@ -287,7 +289,7 @@ def _fit_rows(rows, objective, on, delta, fixed, tied, prior, start, bootstrap, 
     fixed = {**form.fixed, **fixed}; held, R = _held(form, dataclasses.replace(c, names=tuple(labels)), fixed, R)
     count = np.isfinite(Y).sum(1)
     if (bad := count < (~held).sum() + 1).any(): raise DataError(f"law {form.name!r} has {(~held).sum()} free parameters: expected at least {(~held).sum() + 1} runs with {losses[bad.argmax()]!r}, found {count[bad.argmax()]}. Fix some parameters or add runs.")
-    tol = tol or (1e-9 if (~held).sum() <= 12 else 1e-7)
+    tol = tol or (1e-9 if (~held).sum() <= 12 else 1e-6)
     center, prec = _prior(c, {**form.prior, **prior})
     if start: s = c.search(_start(c, labels, start, R.mean(1))[None])[0]; lower, upper = np.minimum(lower, s), np.maximum(upper, s)
     q = FitProblem(c, law_arrays(c, data), np.where(np.isfinite(Y), Y, 1), np.isfinite(Y)*w, on, objective, delta, np.where(held, -np.inf, lower), np.where(held, np.inf, upper), center if prec.any() else None)

@@ -82,18 +82,20 @@ def _step(q, theta, r, J, lam, frozen, max_step):
 
 # %% ../nbs/06c_solver.ipynb #2770e654
 def _minimise(q, theta, frozen, iters, tol, max_step):
-    theta, lam, live = theta.copy(), np.full(len(theta), 1e-3), np.arange(len(theta))
-    r, J = q.residuals(theta); f, steps = q.objective(theta, r), np.zeros(len(theta), int); now, calm = q, np.zeros(len(theta), int)
+    theta, live = theta.copy(), np.arange(len(theta)); lam, relax, calm, steps = np.full(len(theta), 1e-3), np.ones(len(theta)), np.zeros(len(theta), int), np.zeros(len(theta), int)
+    r, J = q.residuals(theta); f, now = q.objective(theta, r), q
     for _ in range(iters):
-        new = _step(now, theta[live], r, J, lam[live], frozen[live], max_step)
+        old, bold = theta[live], relax[live]; new = old + bold[:, None]*(_step(now, old, r, J, lam[live], frozen[live], max_step) - old)
+        if q.lower is not None: new = np.clip(new, q.lower, q.upper)
         rn, Jn = now.residuals(new); fn = now.objective(new, rn); ok = fn < f[live]; steps[live] += 1
         gain = np.where(ok, 1 - fn/np.where(np.isfinite(f[live]), np.maximum(f[live], 1e-300), np.inf), 0)
         theta[live[ok]] = new[ok]; f[live[ok]] = fn[ok]
-        lam[live] = np.clip(np.where(ok, lam[live]/5, lam[live]*4), 1e-10, 1e10)
+        lam[live] = np.clip(lam[live]*np.where(ok, .2, np.where(bold > 1, 1, 4)), 1e-10, 1e10); relax[live] = np.where(ok, np.minimum(1.9, 1.3*bold), 1)
         calm[live] = np.where(ok & (gain < tol), calm[live] + 1, np.where(ok, 0, calm[live]))
+        if ok.all(): r, J = rn, Jn
+        else: np.copyto(r, rn, where=ok[:, None]); np.copyto(J, Jn, where=ok[None, :, None])
         go = ~((calm[live] > 1) | (lam[live] > 1e8) | (f[live] < 1e-28))
-        r, J = np.where(ok[go, None], rn[go], r[go]), np.where(ok[None, go, None], Jn[:, go], J[:, go])
-        if not go.all(): live, now = live[go], q.rows(live[go])
+        if not go.all(): live, r, J = live[go], r[go], J[:, go]; now = q.rows(live)
         if not len(live): break
     done = np.ones(len(theta), bool); done[live] = False
     return theta, f, done, steps
@@ -104,7 +106,7 @@ def minimise(
     theta:np.ndarray, # (b, p) starts in the search
     *,
     frozen:np.ndarray|None=None, # (p,) or (b, p) bool: parameters that stay
-    iters:int=300, # Largest number of steps
+    iters:int=500, # Largest number of steps
     tol:float=1e-7, # Stop when two steps in turn improve by less than this share
     max_step:float=2.0, # Largest change of one parameter in one step
     block:int=2**18, # Jacobian entries worked on at once
