@@ -6,7 +6,8 @@ def _where():
     "Public name to module, from the index that the notebooks export; the commands of the shell stay in `mixbook.cli`."
     from mixbook._modidx import d
     public = (s.split(".")[1:] for module, syms in d["syms"].items() if module != "mixbook.cli" for s in syms)
-    return {n[1]: n[0] for n in public if len(n) == 2 and not n[1].startswith("_")}
+    modules = {module.removeprefix("mixbook.") for module in d["syms"]}
+    return {n[1]: n[0] for n in public if len(n) == 2 and not n[1].startswith("_") and n[1] not in modules}
 
 
 def __getattr__(name):

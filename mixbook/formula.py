@@ -121,8 +121,8 @@ def _compile(form_key, sizes):
     lin = _linear(expr, theta, form); zero = {theta[n]: -sp.oo for n, _ in lin}
     jac = [sp.diff(expr, s) for s in P]
     f = sp.lambdify(P + V, [expr, *jac], "numpy", cse=True)
-    offset = expr - sum(sp.exp(theta[n])*e for n, e in lin)
-    g = sp.lambdify(P + V, [sp.simplify(offset) if len(P) < 12 else sp.expand(offset), *(e for _, e in lin)], "numpy", cse=True)
+    offset = expr.subs(zero)
+    g = sp.lambdify(P + V, [offset, *(e for _, e in lin)], "numpy", cse=True)
     names = tuple(theta); where = {n: i for i, n in enumerate(names)}
     def call(fun, T, X):
         out = fun(*T.T[:, :, None], *X); shape = np.broadcast_shapes((len(T), 1), X[0].shape)
@@ -155,7 +155,7 @@ def law_arrays(
     cols = [np.asarray(data[v], float) if np.ndim(data[v]) < 2 else np.asarray(data[v], float)[:, i] for v, i in compiled.variables]
     cols = [np.atleast_1d(c)[None] for c in cols]
     n = max(c.shape[1] for c in cols); cols = [np.broadcast_to(c, (1, n)) for c in cols]
-    return cols + [np.log(np.maximum(c, 1e-30)) for c in cols]
+    return cols + [np.log(np.maximum(c, 1e-300)) for c in cols]
 
 # %% ../nbs/06b_formula.ipynb #6cafa647
 def law_value(

@@ -24,6 +24,7 @@ POOLS = ("corpus_hash", "dataset", "dataset_name", "tokenizer", "experiment")   
 def _column(runs, name, what):
     if name not in runs: raise DataError(f"expected a column {name!r} for {what}{did_you_mean(name, runs.columns)}")
     x = pd.to_numeric(runs[name], errors="coerce").to_numpy(float)
+    if (odd := np.isnan(x) & runs[name].notna().to_numpy()).any(): raise DataError(f"expected numbers in {name!r}, found {str(runs[name][odd].iloc[0])[:40]!r} in row {runs.index[odd][0]}. Correct it or leave that row out.")
     if np.isinf(x).any(): raise DataError(f"expected finite numbers in {name!r}, found infinity in row {runs.index[np.isinf(x)][0]}. Leave that row out.")
     return x
 
@@ -242,7 +243,9 @@ def _setup(runs, law, losses, n, d, columns, on, weights, tied):
     for x in data.values(): use &= np.isfinite(x if x.ndim == 1 else x.sum(1))
     w = np.ones(len(runs)) if weights is None else _column(runs, weights, "the weights") if isinstance(weights, str) else np.asarray(weights, float)
     if w.shape != (len(runs),) or not (w >= 0).all(): raise DataError(f"expected {len(runs)} weights of at least zero, found {w.shape} from {np.nanmin(w) if w.size else 'none'}.")
-    use &= w > 0; runs, Y, w = runs[use], Y[:, use], w[use]; data = {v: x[use] for v, x in data.items()}
+    use &= w > 0
+    if not use.any(): raise DataError(f"law {form.name!r}: expected runs with a finite {losses[0]!r}, found none among {len(runs)} rows.")
+    runs, Y, w = runs[use], Y[:, use], w[use]; data = {v: x[use] for v, x in data.items()}
     for l, y in zip(losses, Y):
         if on == "log": _check_values(np.where(np.isfinite(y), y, 1), l, "losses", runs.index)
     for v, x in data.items():
@@ -273,7 +276,7 @@ def fit_laws(
     bootstrap:int=0, # Resamples of the rows
     cluster:str|None=None, # Column whose values are resampled together, such as "run"
     n_starts:int=8, # Starts polished
-    tol:float|None=None, # Relative change at which a fit is done; default 1e-9, or 1e-6 beyond twelve parameters
+    tol:float|None=None, # Relative change at which a fit is done; default 1e-11, or 1e-6 beyond twelve parameters
     seed:int=0, # Of starts and resamples
 )->dict: # Loss column -> `Law`
     "Fit one law to several losses of the same runs, all at once; raises `DataError` for rows that cannot be fitted."
@@ -289,7 +292,7 @@ def _fit_rows(rows, objective, on, delta, fixed, tied, prior, start, bootstrap, 
     fixed = {**form.fixed, **fixed}; held, R = _held(form, dataclasses.replace(c, names=tuple(labels)), fixed, R)
     count = np.isfinite(Y).sum(1)
     if (bad := count < (~held).sum() + 1).any(): raise DataError(f"law {form.name!r} has {(~held).sum()} free parameters: expected at least {(~held).sum() + 1} runs with {losses[bad.argmax()]!r}, found {count[bad.argmax()]}. Fix some parameters or add runs.")
-    tol = tol or (1e-9 if (~held).sum() <= 12 else 1e-6)
+    tol = tol or (1e-11 if (~held).sum() <= 12 else 1e-6)
     center, prec = _prior(c, {**form.prior, **prior})
     if start: s = c.search(_start(c, labels, start, R.mean(1))[None])[0]; lower, upper = np.minimum(lower, s), np.maximum(upper, s)
     q = FitProblem(c, law_arrays(c, data), np.where(np.isfinite(Y), Y, 1), np.isfinite(Y)*w, on, objective, delta, np.where(held, -np.inf, lower), np.where(held, np.inf, upper), center if prec.any() else None)

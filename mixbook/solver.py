@@ -83,14 +83,14 @@ def _step(q, theta, r, J, lam, frozen, max_step):
 # %% ../nbs/06c_solver.ipynb #2770e654
 def _minimise(q, theta, frozen, iters, tol, max_step):
     theta, live = theta.copy(), np.arange(len(theta)); lam, relax, calm, steps = np.full(len(theta), 1e-3), np.ones(len(theta)), np.zeros(len(theta), int), np.zeros(len(theta), int)
-    r, J = q.residuals(theta); f, now = q.objective(theta, r), q
+    r, J = q.residuals(theta); f, now, far = q.objective(theta, r), q, 1. if q.penalty == "squares" else 1.9
     for _ in range(iters):
         old, bold = theta[live], relax[live]; new = old + bold[:, None]*(_step(now, old, r, J, lam[live], frozen[live], max_step) - old)
         if q.lower is not None: new = np.clip(new, q.lower, q.upper)
         rn, Jn = now.residuals(new); fn = now.objective(new, rn); ok = fn < f[live]; steps[live] += 1
         gain = np.where(ok, 1 - fn/np.where(np.isfinite(f[live]), np.maximum(f[live], 1e-300), np.inf), 0)
         theta[live[ok]] = new[ok]; f[live[ok]] = fn[ok]
-        lam[live] = np.clip(lam[live]*np.where(ok, .2, np.where(bold > 1, 1, 4)), 1e-10, 1e10); relax[live] = np.where(ok, np.minimum(1.9, 1.3*bold), 1)
+        lam[live] = np.clip(lam[live]*np.where(ok, .2, np.where(bold > 1, 1, 4)), 1e-10, 1e10); relax[live] = np.where(ok, np.minimum(far, 1.3*bold), 1)
         calm[live] = np.where(ok & (gain < tol), calm[live] + 1, np.where(ok, 0, calm[live]))
         if ok.all(): r, J = rn, Jn
         else: np.copyto(r, rn, where=ok[:, None]); np.copyto(J, Jn, where=ok[None, :, None])
