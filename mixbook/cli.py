@@ -227,7 +227,7 @@ def plan(
     if bits: made = a.allocate_qat(bits=_numbers(bits, "bits"), tokens=_numbers(tokens, "tokens") if tokens else None, flops=_numbers(flops, "budgets") if flops else None, n_params=n_params, memory=memory, law=one, seed=seed)
     elif one is None or not flops: raise DataError("expected a law or a table of runs, and --flops; or --bits with --tokens and --n-params for a QAT plan. See `mixbook plan --help`.")
     else: made = a.allocate(one, flops=_numbers(flops, "budgets"), unique_tokens=unique_tokens, inference_tokens=inference_tokens, seed=seed)
-    print(made)
+    print(f"{made}\n\n{made.table.T.to_string(header=len(made.table) > 1, float_format='{:.5g}'.format)}\n\n{made.status}")
     if out: made.to_json(out); print(f"plan in {out}")
     if plot: _save_figure(made.plot(), plot)
 

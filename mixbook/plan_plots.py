@@ -10,7 +10,7 @@ __all__ = ['plot_fraction', 'plot_split', 'plot_plan']
 # %% ../nbs/12d_plan_plots.ipynb #960b4dbe
 import matplotlib.pyplot as plt, numpy as np
 from .core import DataError, one_of
-from .plots import _PALETTE, _axes, _dress, _legend, _log_axis, _theme
+from .plots import _PALETTE, _axes, _count, _dress, _legend, _log_axis, _theme
 
 # %% ../nbs/12d_plan_plots.ipynb #bad5f6c4
 _LOSS = "loss (nats per token)"
@@ -38,7 +38,7 @@ def _plot_size(
         c, g = _PALETTE[i % len(_PALETTE)], plan.curves[plan.curves["flops"] == r["flops"]]
         ax.axvspan(r["n_params"]/2, 2*r["n_params"], color=c, alpha=.07, lw=0); _band(ax, g["n_params"], c, g["loss_lo"], g["loss_hi"])
         ax.plot(g["n_params"], g["loss"], color=c, lw=1.8, label=f"{r['flops']:.3g} FLOPs"); _decision(ax, r["n_params"], r["loss"], c, r["n_params_lo"], r["n_params_hi"])
-    _log_axis(ax.xaxis, plan.curves["n_params"]); _legend(ax, loc="best")
+    _log_axis(ax.xaxis, plan.curves["n_params"]); _legend(ax, loc="upper right")
     return _dress(ax, "parameters", _LOSS, title, grid="y")
 
 # %% ../nbs/12d_plan_plots.ipynb #bcf5824c
@@ -49,8 +49,8 @@ def plot_fraction(
     title:str|None=None, # Title
 )->plt.Axes: # The axes
     "Loss against the share of quantisation-aware training; without a law the published fraction against tokens per byte."
-    ax, t = _axes(ax), _of_kind(plan, "qat").table
-    label = lambda r: f"{r['bits']:.3g} bits, {r['n_params']:.3g} parameters"
+    t = _of_kind(plan, "qat").table; ax = _axes(ax)
+    label = lambda r: f"{r['bits']:.3g}-bit, {_count(r['n_params'])} parameters"
     if not len(plan.curves):
         S, a = np.geomspace(min(3., t["tokens_per_byte"].min()/2), t["tokens_per_byte"].max()*10, 200), plan.settings["a"]; f = np.exp(-a/np.log(S)); ink = _theme(ax).muted
         ax.fill_between(S, np.clip(f - .091, 0, 1), np.clip(f + .091, 0, 1), color=ink, alpha=.2, lw=0); ax.plot(S, f, color=ink, lw=1.6)
@@ -71,16 +71,16 @@ def plot_split(
     title:str|None=None, # Title
 )->plt.Axes: # The axes
     "Share of specialisation against the budget; for one budget loss against the share."
-    ax, t, c, ink = _axes(ax), _of_kind(plan, "split").table, _PALETTE[0], _theme(ax).muted
+    t = _of_kind(plan, "split").table; ax = _axes(ax); c, ink = _PALETTE[0], _theme(ax).muted
     if len(t) == 1:
         r, g = t.iloc[0], plan.curves
-        _band(ax, g["share"], c, g["loss_lo"], g["loss_hi"]); ax.plot(g["share"], g["loss"], color=c, lw=1.8, label=f"{r['tokens']:.3g} tokens"); _decision(ax, r["share"], r["loss"], c, r["share_lo"], r["share_hi"])
+        _band(ax, g["share"], c, g["loss_lo"], g["loss_hi"]); ax.plot(g["share"], g["loss"], color=c, lw=1.8, label=f"{_count(r['tokens'])} tokens"); _decision(ax, r["share"], r["loss"], c, r["share_lo"], r["share_hi"])
         ax.axhline(r["generalist"], color=ink, lw=1, ls="--", label="one generalist"); ax.set_xlim(0, 1); _legend(ax, loc="best")
         return _dress(ax, "share of tokens for specialists", _LOSS, title, grid="y")
     if "laws_lo" in t: ax.vlines(t["tokens"], t["laws_lo"], t["laws_hi"], color=_PALETTE[1], lw=5, alpha=.5, label="range over the rivals")
     _band(ax, t["tokens"], c, t["share_lo"], t["share_hi"]); ax.plot(t["tokens"], t["share"], "*-", ms=10, mec=_theme(ax).card, mew=.6, color=c, lw=1.6, label=plan.law)
     even = t["break_even"].iloc[0]
-    if t["tokens"].min()/10 <= even <= t["tokens"].max()*10: ax.axvline(even, color=ink, lw=1, ls="--", label=f"pays from {even:.2g} tokens")
+    if t["tokens"].min()/10 <= even <= t["tokens"].max()*10: ax.axvline(even, color=ink, lw=1, ls="--", label=f"pays from {_count(even)} tokens")
     _log_axis(ax.xaxis, t["tokens"]); ax.set_ylim(-.03, 1.03 if t["share"].max() > .6 else None); _legend(ax, loc="best")
     return _dress(ax, "tokens over the whole system", "share for specialists", title, grid="both")
 

@@ -15,7 +15,7 @@ import numpy as np, pandas as pd
 from . import precision_laws  # registers its laws
 from .core import DataError, ExtrapolationWarning
 from .formula import law_forms
-from .plan import Plan, beyond_range, falls_to, line_minimum, lowest, no_intervals, positive, span, unknowns, warn_beyond
+from .plan import beyond_range, _doubts, falls_to, line_minimum, lowest, _no_intervals, Plan, _positive, _span, _unknowns, _warn_beyond
 
 # %% ../nbs/07e_qat_budget.ipynb #31cfd79e
 A_QAT, BAND_QAT = 6.7297, .091  # constant of the direct fit and its mean absolute error, arXiv 2509.22935
@@ -27,7 +27,7 @@ def tokens_per_byte(
     bits, # Bits per weight B; log2(3) for ternary
 ): # S, of the shape that the arguments broadcast to
     "Tokens read per byte of the weights at `bits` bits."
-    v = positive(tokens=tokens, n_params=n_params, bits=bits)
+    v = _positive(tokens=tokens, n_params=n_params, bits=bits)
     S = v["tokens"]/(v["n_params"]*v["bits"]/8)
     return S if S.ndim else float(S)
 
@@ -37,7 +37,7 @@ def optimal_fraction(
     a:float=A_QAT, # Constant of the fit
 ): # f*, between 0 and 1
     "Share of the tokens to spend in quantisation-aware training, by the direct fit of arXiv 2509.22935."
-    a = float(positive(a=a)["a"]); S = positive(S=S)["S"]
+    a = float(_positive(a=a)["a"]); S = _positive(S=S)["S"]
     if (S <= 1).any(): raise DataError(f"expected more than 1 token per byte, found S = {S.min():.3g}: there the formula has no meaning. Train longer, or use a fitted `fp-qat` law.")
     if (S < 10).any(): warnings.warn(f"S = {S.min():.3g} tokens per byte is below 10, where the formula parts from the measured optima. Measure a few fractions at this budget.", ExtrapolationWarning, stacklevel=2)
     f = np.exp(-a/np.log(S))
@@ -99,8 +99,8 @@ def wasted_tokens(
 def _qat_rows(tokens, flops, n_params, bits, memory):
     if (tokens is None) == (flops is None): raise DataError("expected `tokens` or `flops`, one of them.")
     if n_params is None and memory is None: raise DataError("expected `n_params`, or `memory` in bytes from which the sizes follow.")
-    v = positive(bits=bits, budget=flops if tokens is None else tokens, memory=1. if memory is None else memory)
-    N = 8*v["memory"]/v["bits"] if n_params is None else positive(n_params=n_params)["n_params"]
+    v = _positive(bits=bits, budget=flops if tokens is None else tokens, memory=1. if memory is None else memory)
+    N = 8*v["memory"]/v["bits"] if n_params is None else _positive(n_params=n_params)["n_params"]
     try: N, P, C = (np.atleast_1d(o).astype(float) for o in np.broadcast_arrays(N, v["bits"], v["budget"]))
     except ValueError: raise DataError(f"expected `bits`, `n_params` and the budget as single numbers or sequences of one length, found shapes {np.shape(N)}, {v['bits'].shape}, {v['budget'].shape}.") from None
     fits = np.full(N.shape, True) if memory is None else N*P/8 <= memory*(1 + 1e-9)
@@ -119,18 +119,18 @@ def _qat_under_law(law, T, N, P, D, f, level, tolerance): # one row: what the la
     gap = loss - full_at(np.atleast_1d(D))[0]
     out = dict(loss=loss, penalty=gap, full_tokens=falls_to(full_at, np.atleast_1d(loss), D*1e-6, D*1.001)[0],
                equal_tokens=falls_to(lambda D: _lowest_loss(law, N, D, P) - full_at(D), np.atleast_1d(tolerance), D*1e-4, D*1e4)[0])
-    for k, x in dict(fraction=best, loss=here, penalty=here - _full_loss(law, T, N, D)[:, 0]).items(): out[f"{k}_lo"], out[f"{k}_hi"] = span(x, level)
+    for k, x in dict(fraction=best, loss=here, penalty=here - _full_loss(law, T, N, D)[:, 0]).items(): out[f"{k}_lo"], out[f"{k}_hi"] = _span(x, level)
     return out, low
 
 # %% ../nbs/07e_qat_budget.ipynb #b2d9ade1
 def _qat_regret(law, T, row, level, choices): # one row of the table: the price of other fractions
     N, D, P = row["n_params"], row["tokens"], row["bits"]; f = np.array(list(choices.values()))
-    nats = _qat_loss(law, law.flat[None], N, D, f, P)[0] - row["loss"]; lo, hi = span(_qat_loss(law, T, N, D, f, P) - _qat_loss(law, T, N, D, row["fraction"], P), level)
+    nats = _qat_loss(law, law.flat[None], N, D, f, P)[0] - row["loss"]; lo, hi = _span(_qat_loss(law, T, N, D, f, P) - _qat_loss(law, T, N, D, row["fraction"], P), level)
     waste = wasted_tokens(law, D, f, n_params=N, bits=P)
     return pd.DataFrame({"bits": P, "tokens": D, "choice": list(choices), "fraction": f, "nats": np.maximum(nats, 0), "nats_lo": lo, "nats_hi": hi, "wasted_tokens": waste, "wasted_share": waste/D})
 
 def _qat_curve(law, T, row, level, f=np.round(_sigmoid(np.linspace(-5, 5, 81)), 5)):
-    args = row["n_params"], row["tokens"], f, row["bits"]; lo, hi = span(_qat_loss(law, T, *args), level)
+    args = row["n_params"], row["tokens"], f, row["bits"]; lo, hi = _span(_qat_loss(law, T, *args), level)
     return pd.DataFrame({"bits": row["bits"], "n_params": row["n_params"], "tokens": row["tokens"], "fraction": f, "loss": _qat_loss(law, law.flat[None], *args)[0], "loss_lo": lo, "loss_hi": hi})
 
 # %% ../nbs/07e_qat_budget.ipynb #e9fed808
@@ -178,8 +178,8 @@ def allocate_qat(
     choices = lambda i: {"10 %": .1, "formula": said["formula"][i], "formula - 0.091": said["formula_lo"][i], "formula + 0.091": said["formula_hi"][i]}
     regret = pd.concat([_qat_regret(law, T, r, level, choices(i)) for i, r in table.iterrows()], ignore_index=True)
     curves = pd.concat([_qat_curve(law, T, r, level) for _, r in table.iterrows()], ignore_index=True)
-    notes, known = unknowns(law, draws=[T])
-    if not known: table, regret, curves = no_intervals(table, regret, curves)
+    notes, known = _unknowns(law, draws=[T])
+    if not known: table, regret, curves = _no_intervals(table, regret, curves)
     if memory is not None: table = table.sort_values("loss", ignore_index=True)
-    beyond = beyond_range(law, N=N, D=D, P=P); warn_beyond(beyond)
-    return Plan("qat", table, regret, curves, law.law, level if known else None, beyond, notes=(*_qat_notes(seed_sd, law, T, tolerance), *notes), settings=dict(a=a, batch_tokens=batch_tokens, tolerance=tolerance, draws=draws, seed=seed))
+    beyond = beyond_range(law, N=N, D=D, P=P); _warn_beyond(beyond)
+    return Plan("qat", table, regret, curves, law.law, level if known else None, beyond, "; ".join(_doubts([law], table)) or "ok", notes=(*_qat_notes(seed_sd, law, T, tolerance), *notes), settings=dict(a=a, batch_tokens=batch_tokens, tolerance=tolerance, draws=draws, seed=seed))

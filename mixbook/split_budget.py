@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from . import size_laws, stage_laws  # they register their laws
 from .core import DataError, did_you_mean, one_of
 from .formula import law_forms
-from .plan import Plan, beyond_range, line_minimum, lowest, no_intervals, positive, span, unknowns, warn_beyond
+from .plan import beyond_range, _doubts, line_minimum, lowest, _no_intervals, Plan, _positive, _span, _unknowns, _warn_beyond
 
 # %% ../nbs/07f_split_budget.ipynb #bb009f14
 def _split_law(law):
@@ -116,11 +116,11 @@ def _domains(laws, domains, weights, limits): # names, laws, weights, caps, whet
     def per_domain(x, default, what):
         if x is None: return np.full(len(names), default)
         if isinstance(x, pd.Series): x = x.to_dict()
-        if not isinstance(x, Mapping): return np.broadcast_to(positive(**{what: x})[what], (len(names),)).astype(float)
+        if not isinstance(x, Mapping): return np.broadcast_to(_positive(**{what: x})[what], (len(names),)).astype(float)
         for k in x:
             if k not in names: raise DataError(f"unknown domain {k!r} in `{what}`{did_you_mean(k, names)}")
         if what == "weights" and (miss := [n for n in names if n not in x]): raise DataError(f"`weights` lacks domain {miss[0]!r}. Give every domain a weight.")
-        return positive(**{what: [x.get(n, 1e300) for n in names]})[what]
+        return _positive(**{what: [x.get(n, 1e300) for n in names]})[what]
     q, caps = per_domain(weights, 1/len(names), "weights"), per_domain(limits, np.inf, "limits")
     if abs(q.sum() - 1) > 1e-6: raise DataError(f"expected `weights` that sum to 1, found {q.sum():.6g}. Divide by the sum.")
     return names, each, q, caps, not isinstance(laws, Mapping) and np.ptp(q) < 1e-9 and limits is None
@@ -148,7 +148,7 @@ def _solve(laws, thetas, point, q, caps, equal, N, T, trunk): # dict: share, los
 def _regret_split(o, T, level): # the price of other shares
     s = {"no specialists": 0., "half the share": o["share"]/2, "twice the share": 2*o["share"], "s = 0.5": .5, "from scratch": 1.}
     s = {k: x for k, x in s.items() if x <= o["top"] and (o["share"] > 0 or x in (.5, 1.)) and (k != "no specialists" or o["share"] > 0)}
-    x = np.array(list(s.values())); point, draws = o["curve"](x); nats = point - o["loss"]; lo, hi = span(draws - o["here"][:, None], level)
+    x = np.array(list(s.values())); point, draws = o["curve"](x); nats = point - o["loss"]; lo, hi = _span(draws - o["here"][:, None], level)
     ok = np.isfinite(point) & (point < 20*o["loss"])
     return pd.DataFrame({"tokens": T, "choice": list(s), "share": x, "nats": np.maximum(nats, 0), "nats_lo": lo, "nats_hi": hi})[ok]
 
@@ -160,9 +160,9 @@ def _one_total(names, laws, thetas, point, q, caps, equal, N, T, trunk, level, g
     o["here"] = _split_loss(laws[0], thetas[0], N, D[0], o["alloc"][0])[:, 0] if equal else sum(w*_split_loss(l, t, N, d, a)[:, 0] for l, t, w, d, a in zip(laws, thetas, q, D, o["alloc"]))
     o["top"] = min(1., caps.sum()/T) if trunk == "shared" else 1.
     row = dict(tokens=T, share=o["share"], trunk_tokens=o["trunk"], split_tokens=o["alloc"].sum(), loss=o["loss"], generalist=q@general, gain=q@general - o["loss"])
-    for k, x in dict(share=o["shares"], loss=o["here"], gain=general_draws - o["here"]).items(): row[f"{k}_lo"], row[f"{k}_hi"] = span(x, level)
+    for k, x in dict(share=o["shares"], loss=o["here"], gain=general_draws - o["here"]).items(): row[f"{k}_lo"], row[f"{k}_hi"] = _span(x, level)
     parts = pd.DataFrame({"tokens": T, "domain": names, "weight": q, "split_tokens": o["alloc"], "at_limit": o["alloc"] >= caps*(1 - 1e-6), "loss": final, "gain": np.array(general) - final})
-    grid = grid[grid <= o["top"]]; p, d = o["curve"](grid); lo, hi = span(d, level); ok = np.isfinite(p) & (p < 20*o["loss"])
+    grid = grid[grid <= o["top"]]; p, d = o["curve"](grid); lo, hi = _span(d, level); ok = np.isfinite(p) & (p < 20*o["loss"])
     curve = pd.DataFrame({"tokens": T, "share": grid, "loss": p, "loss_lo": lo, "loss_hi": hi})[ok]
     return row, parts, _regret_split(o, T, level), curve
 
@@ -183,9 +183,9 @@ def allocate_split(
     seed:int=0, # Of the draws
 )->Plan: # One row per budget
     "Divide the tokens of a split system between its trunk and its specialists so that the weighted loss is lowest."
-    names, each, q, caps, equal = _domains(laws, domains, weights, limits); one_of(trunk, ["shared", "independent"], what="trunk"); N = float(positive(n_params=n_params)["n_params"])
+    names, each, q, caps, equal = _domains(laws, domains, weights, limits); one_of(trunk, ["shared", "independent"], what="trunk"); N = float(_positive(n_params=n_params)["n_params"])
     if (tokens is None) == (flops is None): raise DataError("expected `tokens` or `flops`, one of them.")
-    T = np.atleast_1d(positive(flops=flops)["flops"]/(6*N) if tokens is None else positive(tokens=tokens)["tokens"])
+    T = np.atleast_1d(_positive(flops=flops)["flops"]/(6*N) if tokens is None else _positive(tokens=tokens)["tokens"])
     made = {id(l): l.draws(draws, seed + i) for i, l in enumerate({id(l): l for l in each}.values())}; thetas, point = [made[id(l)] for l in each], [l.flat[None] for l in each]
     grid = np.round(np.linspace(0, 1, 41), 6)[slice(None) if equal else slice(None, None, 2)]
     rows, parts, regret, curves = zip(*[_one_total(names, each, thetas, point, q, caps, equal, N, t, trunk, level, grid) for t in T])
@@ -196,10 +196,10 @@ def allocate_split(
     beyond = {}
     for l in {id(l): l for l in each}.values():
         for k, x in beyond_range(l, N=N, D=table["trunk_tokens"] if trunk == "shared" else table["trunk_tokens"]/len(each), D_split=np.concatenate([p["split_tokens"] for p in parts])).items(): beyond[k] = max(x, beyond.get(k, 1.))
-    warn_beyond(beyond); join = lambda o: pd.concat(o, ignore_index=True); regret, curves = join(regret), join(curves); more, known = unknowns(*each, draws=thetas)
-    if not known: table, regret, curves = no_intervals(table, regret, curves)
-    worse = ["one generalist is better than the specialists at " + ", ".join(f"{t:.3g}" for t, g in zip(T, table["gain"]) if g < -1e-9) + " tokens"] if (table["gain"] < -1e-9).any() else ["ok"]
-    return Plan("split", table, regret, curves, ", ".join(dict.fromkeys(l.law for l in each)), level if known else None, beyond, worse[0], notes=notes + more,
+    _warn_beyond(beyond); join = lambda o: pd.concat(o, ignore_index=True); regret, curves = join(regret), join(curves); more, known = _unknowns(*each, draws=thetas)
+    if not known: table, regret, curves = _no_intervals(table, regret, curves)
+    worse = ["one generalist is better than the specialists at " + ", ".join(f"{t:.3g}" for t, g in zip(T, table["gain"]) if g < -1e-9) + " tokens"] if (table["gain"] < -1e-9).any() else []
+    return Plan("split", table, regret, curves, ", ".join(dict.fromkeys(l.law for l in each)), level if known else None, beyond, "; ".join(worse + _doubts(each, table)) or "ok", notes=notes + more,
                 parts=pd.DataFrame() if equal else join(parts), settings=dict(trunk=trunk, domains=names, weights=q.tolist(), limits=[float(c) for c in caps], n_params=N, draws=draws, seed=seed))
 
 # %% ../nbs/07f_split_budget.ipynb #f73a4c07
