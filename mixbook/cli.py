@@ -185,6 +185,7 @@ def law(
     if out: fitted.to_json(out); print(f"law in {out}")
     if plot: _save_figure(fitted.plot(), plot)
 
+# %% ../nbs/13_cli.ipynb #16a55474
 def _law_list(): # name, formula's variables, source
     from mixbook import laws
     width = max(map(len, laws.law_forms))

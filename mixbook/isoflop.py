@@ -65,9 +65,10 @@ class IsoFlop(Record):
         return "\n".join(lines) + f"\n\nBest size grows as $C^{{{a['exponent']:.3f}}}$ ({self.level:.0%} interval {a['lo']:.3f} to {a['hi']:.3f}, {len(self.good)} budgets{', corrected' if self.surface else ''})."
 
 # %% ../nbs/06h_isoflop.ipynb #0c62c202
-def _log_k(g): # log of FLOPs per parameter and token, as a polynomial in log N
-    x, y = np.log(g["n_params"]), np.log(g["budget"]/g["n_params"]/g["tokens"])
-    return np.poly1d(np.polyfit(x - x.mean(), y, 2 if np.ptp(y) > 1e-3 and x.nunique() > 3 else 0))(np.poly1d([1, -x.mean()]))
+def _log_k(g): # log of FLOPs per parameter and token and its slope, a polynomial in log N that stays constant beyond the trained sizes
+    x, y = np.log(g["n_params"]), np.log(g["budget"]/g["n_params"]/g["tokens"]); lo, hi = x.min(), x.max()
+    p = np.poly1d(np.polyfit(x - x.mean(), y, 2 if np.ptp(y) > 1e-3 and x.nunique() > 3 else 0))(np.poly1d([1, -x.mean()]))
+    return lambda v: p(np.clip(v, lo, hi)), lambda v: p.deriv()(v)*(lo <= v <= hi)
 
 def _bowl(g, level, min_sizes, width, keep_outside):
     if width is not None: g = g[np.abs(np.log(g["n_params"]/g["n_params"][g["loss"].idxmin()])) <= np.log(width)*(1 + 1e-9)]
@@ -76,7 +77,7 @@ def _bowl(g, level, min_sizes, width, keep_outside):
     v, lo, hi, value, curve = _parabola(x, g["loss"].to_numpy(), level)
     status = "no minimum" if np.isnan(v) else "ok" if x.min() <= v <= x.max() or keep_outside else "outside"
     with np.errstate(over="ignore"): n, a, b = np.exp([v, lo, hi])
-    return g, {**out, "n_opt": n, "n_lo": a, "n_hi": b, "d_opt": out["budget"]/n/np.exp(_log_k(g)(v)), "loss_min": value, "curvature": curve, "status": status}
+    return g, {**out, "n_opt": n, "n_lo": a, "n_hi": b, "d_opt": out["budget"]/n/np.exp(_log_k(g)[0](v)), "loss_min": value, "curvature": curve, "status": status}
 
 # %% ../nbs/06h_isoflop.ipynb #a4008c6e
 def fit_isoflop(
@@ -127,10 +128,11 @@ def predict(self:IsoFlop,
 # %% ../nbs/06h_isoflop.ipynb #f9364875
 def _surface_bias(params, g, level):
     "Vertex of the parabola through the surface on the rows `g`, and the surface's own optimum: (log N, loss) of each."
-    p, k, c = {"E": 0., **params}, _log_k(g), np.log(g["budget"].iloc[0])
+    p, (k, dk), c = {"E": 0., **params}, _log_k(g), np.log(g["budget"].iloc[0])
     surface = lambda n, d: law_value("chinchilla", p, N=n, D=d)
     v, _, _, value, _ = _parabola(np.log(g["n_params"].to_numpy()), surface(g["n_params"].to_numpy(), g["tokens"].to_numpy()), level)
-    slope = lambda x: np.log(p["beta"]*p["B"]) + p["beta"]*(k(x) + x - c) + np.log(max(1 + k.deriv()(x), 1e-6)) - np.log(p["alpha"]*p["A"]) + p["alpha"]*x
+    slope = lambda x: np.log(p["beta"]*p["B"]) + p["beta"]*(k(x) + x - c) + np.log(max(1 + dk(x), 1e-6)) - np.log(p["alpha"]*p["A"]) + p["alpha"]*x
+    if not slope(0) < 0 < slope(c): return np.nan, np.nan
     x = brentq(slope, 0, c, xtol=1e-13); n = np.exp(x)
     return v - x, value - float(surface(n, np.exp(c - k(x) - x))[0])
 
@@ -149,7 +151,7 @@ def corrected(self:IsoFlop,
         if np.isnan(shift): t.at[c, "status"] = "no minimum of the surface"; continue
         n = t.at[c, "n_opt"]*np.exp(-shift)
         t.loc[c, ["n_opt", "n_lo", "n_hi"]] *= np.exp(-shift); t.at[c, "bias"] = shift; t.at[c, "loss_min"] -= loss
-        t.at[c, "d_opt"] = c/n/np.exp(_log_k(g)(np.log(n)))
+        t.at[c, "d_opt"] = c/n/np.exp(_log_k(g)[0](np.log(n)))
     return self.replace(budgets=t, surface=p)
 
 # %% ../nbs/06h_isoflop.ipynb #0c3685fd

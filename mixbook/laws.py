@@ -187,6 +187,7 @@ def _covariance(q, theta, held, prec):
     for i, (w, t) in enumerate(zip(np.broadcast_to(q.W, r.shape), theta)):
         gone[i] = (np.abs(J[:, i]).max(1) < 1e-4*np.abs(J[:, i]).max()) & q.law.log & ~held
         free = np.flatnonzero(~held & ~gone[i] & ~((t <= q.lower) | (t >= q.upper))); Jf = J[free, i]
+        if not len(free): continue
         bread, meat = _bread_meat(q, r[i], w, len(free)); B, M = (Jf*w*bread)@Jf.T, (Jf*w*w*meat)@Jf.T; d = np.diag_indices(len(free))
         if prec.any(): P = q.precision[i, free]; B[d] += P; M[d] += P**2/np.where(prec[free] > 0, prec[free], np.inf)
         s = 1/np.sqrt(np.maximum(np.diag(B), 1e-300)); e, V = np.linalg.eigh(B*s[:, None]*s); inv = (V/np.maximum(e, 1e-12*e.max()))@V.T*s[:, None]*s
@@ -269,7 +270,7 @@ def fit_laws(
     on:str="log", # Residuals of the "log" of the loss, or of the "loss" itself
     delta:float=1e-3, # Where Huber turns from squares to absolute values
     weights:str|np.ndarray|None=None, # Column or array of row weights
-    fixed:Mapping|None=None, # Parameter -> value held
+    fixed:Mapping|None=None, # Parameter -> value held, or None to free one that the law holds by itself
     tied:Mapping|None=None, # Parameter -> parameter it equals
     prior:Mapping|None=None, # Parameter -> (mean, sd); sd of the logarithm if positive
     start:Mapping|None=None, # Parameter -> value to start from as well, such as another law's `params`
@@ -289,7 +290,7 @@ def _fit_rows(rows, objective, on, delta, fixed, tied, prior, start, bootstrap, 
     form, runs, columns, losses, Y, w, data, levels = rows
     c = compile_law(form, {v: len(l) for v, l in levels.items()})
     labels = [_label(x, form, levels) for x in c.names]; R, lower, upper = _ranges(form, c)
-    fixed = {**form.fixed, **fixed}; held, R = _held(form, dataclasses.replace(c, names=tuple(labels)), fixed, R)
+    fixed = {k: v for k, v in {**form.fixed, **fixed}.items() if v is not None}; held, R = _held(form, dataclasses.replace(c, names=tuple(labels)), fixed, R)
     count = np.isfinite(Y).sum(1)
     if (bad := count < (~held).sum() + 1).any(): raise DataError(f"law {form.name!r} has {(~held).sum()} free parameters: expected at least {(~held).sum() + 1} runs with {losses[bad.argmax()]!r}, found {count[bad.argmax()]}. Fix some parameters or add runs.")
     tol = tol or (1e-11 if (~held).sum() <= 12 else 1e-6)
@@ -515,9 +516,11 @@ def profile(self:Law,
     "Profile the objective over one parameter, all values at once and from every basin."
     j = self.names.index(one_of(name, self.names, what="parameter")); q, held, prec = _problem(self); t = self.theta
     if held[j]: raise DataError(f"expected a free parameter, found {name!r} held at {self.params[name]:g}. Fit without fixing it.")
-    V, flat, _ = (a[0] for a in _covariance(q, t[None], held, prec)); se = np.sqrt(V[j, j]) or 1.; ratio = V[j, j]/flat[j, j] if flat[j, j] > 0 else 1.
+    V, flat, gone = (a[0] for a in _covariance(q, t[None], held, prec)); se = np.sqrt(V[j, j]) or 1.; known = np.diag(flat) > 0
+    ratio = V[j, j]/flat[j, j] if known[j] else np.median(np.diag(V)[known]/np.diag(flat)[known]) if known.any() else 1.
     far = np.log(1e3) if self.compiled.log[j] else 12*se; near = min(5*se, far); m = n//6
     grid = np.unique(np.concatenate([t[j] + np.linspace(-near, near, n - 4*m), *(t[j] + s*np.geomspace(near, far, 2*m + 1)[1:] for s in (-1, 1) if far > near)]))
+    if gone[j]: grid = t[j] + np.concatenate([[0], np.log(3/max(np.abs(q.residuals(t[None])[1][j]).max(), 1e-300)) + np.linspace(-7, 0, n)])   # up to where its term would be the whole loss
     grid = grid[(grid >= q.lower[j]) & (grid <= q.upper[j])]; starts = self.compiled.search(self.basins[list(self.names)].to_numpy())[:3]
     T = np.repeat(starts, len(grid), 0); T[:, j] = np.tile(grid, len(starts)); hold = held.copy(); hold[j] = True
     T, f, *_ = minimise(dataclasses.replace(q, lower=np.minimum(q.lower, T.min(0)), upper=np.maximum(q.upper, T.max(0))), T, frozen=hold, tol=1e-8)

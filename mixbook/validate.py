@@ -87,14 +87,15 @@ def leave_one_size_out(
 # %% ../nbs/07a_validate.ipynb #8f03e1c4
 def compare_laws(
     runs:pd.DataFrame, # Runs table
-    laws:Iterable[str], # Names of registered laws
+    laws:Iterable[str]|Mapping, # Names of registered laws, or name -> further arguments of its fit, such as dict(fixed=…)
     *,
     by:str="n_params", # Scale that is held out
     how:Callable=holdout_by_scale, # Or `leave_one_size_out`
     **kw, # As in `how`
 )->pd.DataFrame: # One row per law, best first: mre, lo, hi, free parameters, and `tied` with the best
     "Compare laws by held-out error, then by fewer parameters; `tied` is true where the paired difference to the best covers zero."
-    v = {law: how(runs, law, by=by, **kw) for law in laws}; best = min(v.values(), key=lambda o: o.mre)
+    laws = laws if isinstance(laws, Mapping) else {law: {} for law in laws}
+    v = {law: how(runs, law, by=by, **{**kw, **own}) for law, own in laws.items()}; best = min(v.values(), key=lambda o: o.mre)
     def tied(o):
         diff = (o.table.error.abs() - best.table.error.abs()).to_numpy(); boot = diff[np.random.default_rng(0).integers(0, len(diff), (2000, len(diff)))].mean(1)
         return bool(np.quantile(boot, .025) <= 0)
