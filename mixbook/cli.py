@@ -178,6 +178,7 @@ def law(
     "Fit a scaling law to a table of runs and print it with its intervals."
     from mixbook.laws import fit_law
     if runs == "list": return print(_law_list())
+    _figure_name(plot)
     kw = dict(loss=loss, n=n, d=d, columns=_pairs(columns, "columns", False), objective=objective, on=on, fixed=_pairs(fixed, "fixed parameters"), tied=_pairs(tied, "tied parameters", False), cluster=cluster, seed=seed)
     table = _table(runs); fitted = fit_law(table, law, bootstrap=bootstrap, **kw); print(fitted.summary())
     if len(fitted.basins) > 1: print(f"\n{len(fitted.basins)} distinct solutions within 2 % of the best objective:\n{fitted.basins.drop(columns='share').to_string(index=False)}")
@@ -195,9 +196,11 @@ def _held_out(table, law, by, kw):
     from mixbook.validate import holdout_by_scale
     print(f"\n{holdout_by_scale(table, law, by=by, **{k: v for k, v in kw.items() if v is not None})}")
 
+def _figure_name(path): # before any work
+    if path and Path(path).suffix not in (".png", ".svg", ".pdf"): raise DataError(f"expected a figure file that ends in .png, .svg or .pdf, found {path!r}.")
+
 def _save_figure(ax, path):
     from mixbook.core import atomic_path
-    if Path(path).suffix not in (".png", ".svg", ".pdf"): raise DataError(f"expected a figure file that ends in .png, .svg or .pdf, found {path!r}.")
     import matplotlib.pyplot as plt
     with atomic_path(path) as tmp: ax.figure.savefig(tmp, dpi=150, format=Path(path).suffix[1:])
     plt.close(ax.figure)
@@ -224,7 +227,7 @@ def plan(
 ):
     "Divide a budget: parameters against tokens, or full precision against QAT (with --bits)."
     from mixbook import allocate as a
-    one = None if source == "published" else _law_of(source, law, loss, n, d, seed)
+    _figure_name(plot); one = None if source == "published" else _law_of(source, law, loss, n, d, seed)
     if bits: made = a.allocate_qat(bits=_numbers(bits, "bits"), tokens=_numbers(tokens, "tokens") if tokens else None, flops=_numbers(flops, "budgets") if flops else None, n_params=n_params, memory=memory, law=one, seed=seed)
     elif one is None or not flops: raise DataError("expected a law or a table of runs, and --flops; or --bits with --tokens and --n-params for a QAT plan. See `mixbook plan --help`.")
     else: made = a.allocate(one, flops=_numbers(flops, "budgets"), unique_tokens=unique_tokens, inference_tokens=inference_tokens, seed=seed)

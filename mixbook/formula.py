@@ -45,7 +45,9 @@ def law_form(
     def deco(f):
         form = LawForm(name or f.__name__.replace("_", "-"), f, dict(data), **kw)
         args = f.__code__.co_varnames[:f.__code__.co_argcount]
-        for k in (*form.data, *form.starts, *form.bounds, *form.vectors, *form.fixed, *form.tied, *form.prior):
+        if odd := {"loss", "weight"} & set(form.data): raise DataError(f"law {form.name!r}: a variable cannot be called {', '.join(odd)}; the rows of a law have columns of that name. Call it x.")
+        if odd := [k for k, (lo, hi) in form.bounds.items() if not lo <= hi]: raise DataError(f"law {form.name!r}: expected bounds (low, high) of {odd[0]!r}, found {form.bounds[odd[0]]}.")
+        for k in (*form.tied.values(), *form.data, *form.starts, *form.bounds, *form.vectors, *form.fixed, *form.tied, *form.prior):
             if k not in args: raise DataError(f"law {form.name!r}: expected an argument of its formula, found {k!r}{did_you_mean(k, args)}")
         return law_forms.register(form.name, form)
     return deco

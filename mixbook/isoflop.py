@@ -23,7 +23,11 @@ def _rows(runs, loss, n, d, budget, within):
     need = [c for c in (loss, n, d, budget) if c is not None]
     for c in need:
         if c not in runs: raise DataError(f"expected a column {c!r}{did_you_mean(c, runs.columns)} Pass `budget=None` to take 6ND." if c == budget else f"expected a column {c!r}{did_you_mean(c, runs.columns)}")
-    out = pd.DataFrame({"n_params": runs[n], "tokens": runs[d], "loss": runs[loss], "flops": 6.*runs[n]*runs[d] if budget is None else runs[budget]}).astype(float).dropna().reset_index(drop=True)
+    for c in ("corpus_hash", "dataset", "tokenizer", "experiment"):
+        if c in runs and runs[c].nunique(dropna=False) > 1: raise DataError(f"expected runs of one {c}, found {runs[c].nunique(dropna=False)}: their losses are not comparable. Select one, or drop the column to pool them knowingly.")
+    try: out = pd.DataFrame({"n_params": runs[n], "tokens": runs[d], "loss": runs[loss], "flops": 6.*runs[n]*runs[d] if budget is None else runs[budget]}).astype(float).dropna().reset_index(drop=True)
+    except (TypeError, ValueError) as e: raise DataError(f"expected numbers in {', '.join(need)}, found text ({e}). Correct it or leave those rows out.") from None
+    if not np.isfinite(out).all().all(): raise DataError("expected finite sizes, tokens, losses and budgets, found infinity. Leave such rows out.")
     if out.empty: raise DataError(f"expected rows with a size, tokens, a loss and a budget, found none among {len(runs)}. Check the columns for missing values.")
     if not (out > 0).all().all(): raise DataError(f"expected positive sizes, tokens, losses and budgets, found {out.min().min():.4g}. Drop such rows.")
     out = out.sort_values(["flops", "n_params"], ignore_index=True); x = np.log(out["flops"])
@@ -54,6 +58,7 @@ class IsoFlop(Record):
     level:float=.95 # Of the intervals
     surface:dict|None=None # Parameters of the Chinchilla surface of the correction, if one was made
 
+    def __post_init__(self): object.__setattr__(self, "budgets", self.budgets.rename_axis("budget"))
     @property
     def good(self): return self.budgets[self.budgets["status"] == "ok"]
     def __repr__(self): return f"IsoFlop({len(self.budgets)} budgets, {len(self.good)} with a minimum; best size ~ C^{self.laws.at['n_params', 'exponent']:.3f}{', corrected' if self.surface else ''})"
@@ -123,7 +128,7 @@ def predict(self:IsoFlop,
     for name, what in (("n_params", "n_opt"), ("tokens", "d_opt")):
         p = _line(self, what).get_prediction(sm.add_constant(np.log(c), has_constant="add")); ci = p.conf_int(alpha=1 - self.level)
         out[name], out[f"{name}_lo"], out[f"{name}_hi"] = np.exp(p.predicted_mean), np.exp(ci[:, 0]), np.exp(ci[:, 1])
-    return out.assign(extrapolation=np.maximum(c/self.good.index.max(), 1))
+    return out.assign(extrapolation=np.maximum(np.maximum(c/self.good.index.max(), self.good.index.min()/c), 1))
 
 # %% ../nbs/06h_isoflop.ipynb #f9364875
 def _surface_bias(params, g, level):

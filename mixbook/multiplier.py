@@ -120,10 +120,14 @@ def compute_multiplier(
     laws = [_is_law(o) for o in (method, baseline)]
     better = one_of(better or ("lower" if any(laws) else "higher"), ("higher", "lower"), what="direction")
     if any(laws) and better == "higher": raise DataError("expected better='lower' with a fitted law, found 'higher': a law predicts losses. For accuracies use `two_stage_curve`.")
+    if np.shape(flops) != (2,): raise DataError(f"expected a range of FLOPs, (low, high), found {flops!r}.")
     lo, hi = flops
     if not 0 < lo < hi: raise DataError(f"expected a rising range of positive FLOPs, found {tuple(flops)}.")
     C = np.geomspace(lo, hi, n)
-    scores, t = _ratios(_scores(method, C, "method"), _scores(baseline, C, "baseline"), C, bins)
+    both = _scores(method, C, "method"), _scores(baseline, C, "baseline"); sign = 1 if better == "higher" else -1
+    for name, y in zip(("method", "baseline"), both):
+        if (np.diff(sign*y) < -1e-9*np.abs(y).max()).any(): raise DataError(f"expected the score of the {name} to get better with compute throughout the range, found that it does not. Choose a narrower range, or better={'lower' if sign > 0 else 'higher'!r}.")
+    scores, t = _ratios(*both, C, bins)
     interval = _interval(method, baseline, C, bins, draws, level, seed) if all(laws) and draws else None
     return Multiplier(float(t["ratio"].mean()), (float(lo), float(hi)), scores, t, better, interval)
 

@@ -47,12 +47,12 @@ class FitProblem:
     delta:float=1e-3 # Where Huber turns from squares to absolute values
     lower:np.ndarray|None=None # (p,) bounds in the search
     upper:np.ndarray|None=None # (p,)
-    center:np.ndarray|None=None # (p,) prior means
+    center:np.ndarray|None=None # (p,) or (b, p) prior means
     precision:np.ndarray|None=None # (p,) or (b, p) prior precisions, in units of the objective
 
     def rows(self, which): # the same problem for some of the stack
         cut = lambda a: a if a is None or np.ndim(a) < 2 or len(a) == 1 else a[which]
-        return dataclasses.replace(self, Y=cut(self.Y), W=cut(self.W), precision=cut(self.precision))
+        return dataclasses.replace(self, Y=cut(self.Y), W=cut(self.W), center=cut(self.center), precision=cut(self.precision))
     def residuals(self, theta): # (b, n) and (p, b, n)
         "Residuals and their Jacobian."
         with np.errstate(all="ignore"):
@@ -82,7 +82,7 @@ def _step(q, theta, r, J, lam, frozen, max_step):
 
 # %% ../nbs/06c_solver.ipynb #2770e654
 def _minimise(q, theta, frozen, iters, tol, max_step):
-    theta, live = theta.copy(), np.arange(len(theta)); lam, relax, calm, steps = np.full(len(theta), 1e-3), np.ones(len(theta)), np.zeros(len(theta), int), np.zeros(len(theta), int)
+    theta, live = theta.copy() if q.lower is None else np.where(frozen, theta, np.clip(theta, q.lower, q.upper)), np.arange(len(theta)); lam, relax, calm, steps = np.full(len(theta), 1e-3), np.ones(len(theta)), np.zeros(len(theta), int), np.zeros(len(theta), int)
     r, J = q.residuals(theta); f, now, far = q.objective(theta, r), q, 1. if q.penalty == "squares" else 1.9
     for _ in range(iters):
         old, bold = theta[live], relax[live]; new = old + bold[:, None]*(_step(now, old, r, J, lam[live], frozen[live], max_step) - old)
@@ -146,7 +146,7 @@ def project_linear(
     L = len(lin); G, h = G.reshape(-1, L, L), h.reshape(-1, L)
     if L <= 6: c = _subsets(G, h)
     else: c = np.stack([nnls(g + 1e-12*np.trace(g)*np.eye(L), v, maxiter=50*L)[0] for g, v in zip(G, h)])
-    floor = 1e-2*np.median(problem.Y, 1)[None, :, None]/np.maximum(np.median(phi, 2).T[:, None], 1e-300)   # zero has no logarithm
+    floor = 1e-2*np.median(np.abs(problem.Y), 1)[None, :, None]/np.maximum(np.median(np.abs(phi), 2).T[:, None], 1e-300)   # zero has no logarithm
     out[..., lin] = np.log(np.maximum(c.reshape(len(theta), t, L), floor))
     return out
 
@@ -167,6 +167,7 @@ def candidates(
     stacks = []
     for i in range(0, len(theta), size):
         T = project_linear(problem, theta[i:i+size])
+        if problem.lower is not None: T = np.clip(T, problem.lower, problem.upper)
         if frozen is not None: T[..., frozen] = ranges[frozen, 0]
         f = np.stack([dataclasses.replace(problem, center=None, Y=y[None], W=w[None]).objective(T[:, j], problem_residuals(problem, T[:, j], y)) for j, (y, w) in enumerate(zip(problem.Y, np.broadcast_to(problem.W, problem.Y.shape)))], 1)
         stacks.append((T, f))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np, pandas as pd
 from .core import DataError, ExtrapolationWarning, Record, one_of
 from .formula import law_arrays, law_forms, law_value
-from .laws import Law, fit_law, fit_laws, loss_column
+from .laws import Law, _column, _variables, fit_law, fit_laws, loss_column, residual_scale
 
 # %% ../nbs/07a_validate.ipynb #ddd79e53
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +32,22 @@ class Validation(Record):
 
 def _scale(runs, by, n, d):
     known = {"n_params": n, "tokens": d, "flops": "flops"}; column = known.get(by, by)
-    if column in runs: return pd.to_numeric(runs[column]).to_numpy(float)
-    if by == "flops": return 6*runs[n].to_numpy(float)*runs[d].to_numpy(float)
-    one_of(column, runs.columns, what="column"); raise DataError(f"expected a column {column!r}.")
+    if by == "flops" and column not in runs: return 6*_column(runs, n, "the parameters")*_column(runs, d, "the tokens")
+    return _column(runs, column, "the scale that is held out")
+
+def _usable(runs, by, loss, n, d, kw):
+    "Rows that have a scale and a loss, and the arguments of the fit with array weights cut to them."
+    if not isinstance(runs, pd.DataFrame): raise DataError(f"expected a DataFrame of runs, found {type(runs).__name__}.")
+    x = _scale(runs, by, n, d); y = _column(runs, loss_column(runs, loss), "the loss"); use = np.isfinite(x) & np.isfinite(y)
+    if "status" in runs: use &= ~runs["status"].astype(str).isin(["failed"]).to_numpy()
+    w = kw.get("weights"); kw = {**kw, "weights": np.asarray(w, float)[use]} if w is not None and not isinstance(w, str) and len(w) == len(runs) else kw
+    return runs[use].reset_index(drop=True), x[use], kw
 
 def _folded(runs, law, folds, by, loss, n, d, kw): # folds: list of (fit mask, test mask, factor)
     parts, free = [], 0
     for i, (fit, test, _) in enumerate(folds):
-        one = fit_law(runs[fit], law, loss=loss, n=n, d=d, **kw); free = one.n_rows - one.dof
+        if not fit.any() or not test.any(): raise DataError(f"expected runs on both sides of the split by {by!r}, found {int(fit.sum())} to fit and {int(test.sum())} to test. Hold out fewer.")
+        w = kw.get("weights"); one = fit_law(runs[fit], law, loss=loss, n=n, d=d, **{**kw, **({"weights": w[fit]} if isinstance(w, np.ndarray) else {})}); free = one.n_rows - one.dof
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExtrapolationWarning); p = one.predict(runs[test], of="run")
         y = runs.loc[test, loss_column(runs, loss)]; parts.append(p.assign(observed=y, error=p["mean"]/y - 1, fold=i))
@@ -61,8 +69,9 @@ def holdout_by_scale(
     **kw, # As in `fit_law`
 )->Validation: # Predictions of the held-out runs
     "Fit to the smaller runs, predict the largest; raises `DataError` when nothing or too little is left."
-    x = _scale(runs, by, n, d); levels = np.unique(x)
-    if len(levels) < 2: raise DataError(f"expected several values of {by!r}, found one. Hold out by another scale.")
+    runs, x, kw = _usable(runs, by, loss, n, d, kw); levels = np.unique(x)
+    if len(levels) < 2: raise DataError(f"expected several values of {by!r}, found {len(levels)}. Hold out by another scale.")
+    if not 1 <= out < len(levels) or not 0 < share < 1: raise DataError(f"expected `out` from 1 to {len(levels) - 1} and `share` between 0 and 1, found {out} and {share}.")
     cut = levels[-out] if len(levels) <= 20 else np.quantile(x, 1 - share); fit, test = x < cut, x >= cut
     return _folded(runs, law, [(fit, test, x[test].max()/x[fit].max())], by, loss, n, d, kw)
 
@@ -79,7 +88,7 @@ def leave_one_size_out(
     **kw, # As in `fit_law`
 )->Validation: # Predictions of every run by a law that did not see its size
     "Predict the runs of each size from all other sizes; column `fold` counts the sizes upwards."
-    x = _scale(runs, by, n, d); levels = np.unique(x)
+    runs, x, kw = _usable(runs, by, loss, n, d, kw); levels = np.unique(x)
     if len(levels) < 3: raise DataError(f"expected at least three values of {by!r}, found {len(levels)}.")
     code = np.searchsorted(levels, x) if len(levels) <= 20 else pd.qcut(x, groups, labels=False, duplicates="drop")
     return _folded(runs, law, [(code != k, code == k, x[code == k].max()/x[code != k].max()) for k in np.unique(code)], by, loss, n, d, kw)
@@ -94,6 +103,7 @@ def compare_laws(
     **kw, # As in `how`
 )->pd.DataFrame: # One row per law, best first: mre, lo, hi, free parameters, and `tied` with the best
     "Compare laws by held-out error, then by fewer parameters; `tied` is true where the paired difference to the best covers zero."
+    if isinstance(laws, str): raise DataError(f"expected a list of laws, found {laws!r}.")
     laws = laws if isinstance(laws, Mapping) else {law: {} for law in laws}
     v = {law: how(runs, law, by=by, **{**kw, **own}) for law, own in laws.items()}; best = min(v.values(), key=lambda o: o.mre)
     def tied(o):
@@ -131,14 +141,14 @@ def next_runs(
     noise:float|None=None, # Standard deviation of one run (of its log loss if the fit was on the log); default that of the residuals
 )->pd.DataFrame: # candidates with sd_now, sd_after and gain per FLOP, best first
     "Order possible runs by how much they would shrink the uncertainty of a decision per FLOP."
-    from mixbook.laws import _variables
     data = lambda f: _variables(f, law.form, law.settings["columns"], law.settings["levels"])[0]
     if isinstance(decision, pd.DataFrame):
         at = data(decision); decision = lambda T: np.log(law.values(T, **at)).mean(1) if law.settings["on"] == "log" else law.values(T, **at).mean(1)
     X = data(candidates); f, J = law.compiled.fn(law.theta[None], law_arrays(law.compiled, X)); J = (J/f if law.settings["on"] == "log" else J)[:, 0]
     V, g = law.covariance.to_numpy(), _gradient(law, decision); now = g@V@g
-    s2 = np.var(law.residuals)*law.n_rows/law.dof if noise is None else noise**2
+    s2 = residual_scale(law.residuals, law.n_rows - law.dof)**2 if noise is None else noise**2
     gain = (g@V@J)**2/(s2 + np.einsum("in,ij,jn->n", J, V, J))
+    if "flops" not in candidates and not {"N", "D"} <= set(X): raise DataError(f"expected a column 'flops' with the cost of each candidate: law {law.law!r} does not know it.")
     flops = candidates["flops"].to_numpy(float) if "flops" in candidates else 6*X["N"]*X["D"]
     out = candidates.assign(flops=flops, sd_now=np.sqrt(now), sd_after=np.sqrt(np.maximum(now - gain, 0)), gain_per_flop=gain/flops)
     return out.sort_values("gain_per_flop", ascending=False).reset_index(drop=True)
@@ -154,7 +164,6 @@ def planted_runs(
     seed:int=0, # Of the noise
 )->pd.DataFrame: # Design with its losses
     "Losses of a law with known parameters, for recovering the truth in tests."
-    from mixbook.laws import _variables
     if design is None: design = pd.DataFrame([(N, D) for N in np.geomspace(2e7, 2e9, 6) for D in np.geomspace(1e9, 1e11, 6)], columns=["n_params", "tokens"])
     form = law_forms[law]; data, _ = _variables(design, form, form.data)
     e = noise*np.random.default_rng(seed).standard_normal((max(1, draws), len(design))); y = law_value(form, params, **data)*np.exp(e)

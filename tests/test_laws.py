@@ -19,7 +19,7 @@ def mixtures(n, k=3, **axes):
 SIZES, TOKENS = np.geomspace(2e7, 2e9, 6), np.geomspace(1e9, 1e11, 7)
 ND = dict(n_params=SIZES, tokens=TOKENS)
 chin = dict(E=1.8, A=480., B=2100., alpha=.35, beta=.37)
-split = grid(n_params=np.geomspace(3e7, 3e9, 4), tokens=np.geomspace(5e8, 8e9, 5), split_tokens=[1e7, 5e7, 2e8, 5e8, 1e9])
+split = grid(n_params=np.geomspace(3e7, 3e9, 4), tokens=np.geomspace(5e8, 3.2e10, 6), split_tokens=[1e7, 5e7, 2e8, 1e9, 4e9])
 
 PLANTED = {
     "chinchilla": (chin, grid(**ND), {}),
@@ -72,6 +72,23 @@ def test_recovers_planted_predictions(law):
     print(f"\n{law}: rms error {100*rms:.3f} %, 95th percentile {100*np.quantile(error, .95):.3f} %, coverage {cover:.3f}")
     assert np.quantile(error, .95) < .005
     assert .85 <= cover <= .95
+
+@pytest.mark.parametrize("shape, noise, objective", [((3, 3), .003, "huber"), ((3, 3), .03, "huber"), ((4, 4), .01, "huber"), ((6, 6), .01, "huber"), ((3, 3), .003, "absolute"), ((4, 4), .003, "squares")])
+def test_intervals_do_not_collapse_with_few_rows(shape, noise, objective):
+    "Curves and single runs, from nine rows up and with noise far beyond delta: coverage of 90 % at least 0.85."
+    design = grid(n_params=np.geomspace(2e7, 2e9, shape[0]), tokens=np.geomspace(1e9, 1e11, shape[1])); runs = planted_runs("chinchilla", chin, design, noise=noise, draws=100, seed=5)
+    fits = fit_laws(runs, "chinchilla", [f"loss/{i}" for i in range(100)], objective=objective, n_starts=3)
+    truth = at("chinchilla", chin, design); new = truth*np.exp(noise*np.random.default_rng(9).standard_normal((100, len(design)))); inside = lambda p, y: ((p.lo <= y) & (y <= p.hi)).mean()
+    curve = np.mean([inside(f.predict(design), truth) for f in fits.values()]); single = np.mean([inside(f.predict(design, of="run"), y) for f, y in zip(fits.values(), new)])
+    assert .85 <= curve <= .99 and .85 <= single <= .99
+
+def test_bootstrap_covers():
+    runs = planted_runs("chinchilla", chin, noise=.003, draws=40, seed=2); fits = fit_laws(runs, "chinchilla", [f"loss/{i}" for i in range(40)], bootstrap=200, n_starts=3)
+    truth = at("chinchilla", chin, runs); assert .8 <= np.mean([((p := f.predict(runs)).lo <= truth) & (truth <= p.hi) for f in fits.values()]) <= .97
+
+def test_a_long_law_is_found_without_the_truth_as_a_start():
+    params, design, kw = PLANTED["joint"]; runs = planted_runs("joint", params, design, noise=.003, seed=4)
+    law = fit_law(runs, "joint", **kw); best = fit_law(runs, "joint", start=params, n_starts=1, **kw); assert law.objective <= 1.01*best.objective
 
 def test_recovers_an_accuracy_curve():
     x = np.linspace(.3, 2, 25); truth = dict(c1=.6, c2=.25, k=-5., L0=.9)
@@ -136,6 +153,26 @@ def test_profile_agrees_with_the_covariance_where_the_law_is_well_determined(run
     assert not (p.open_below or p.open_above) and abs(np.log((p.hi - p.lo)/(ci.hi - ci.lo))) < .35
     with pytest.raises(DataError, match="did you mean 'alpha'"): law.profile("alhpa")
 
+def test_bounds_are_kept():
+    x = np.linspace(.3, 2, 25); y = law_value("loss-to-accuracy", dict(c1=.9, c2=.25, k=-5., L0=.9), x=x)
+    with pytest.warns(FitWarning, match="bound"): law = fit_law(pd.DataFrame(dict(loss=x, accuracy=1.3*y)), "loss-to-accuracy", loss="accuracy", on="loss", objective="squares")
+    assert law.params["c1"] <= 1 + 1e-9 and law.params["c2"] <= 1 + 1e-9
+
+def test_a_prior_is_resampled_too(runs):
+    few = runs.iloc[::3]; kw = dict(prior=dict(alpha=(.30, .02))); width = lambda l: np.diff(l.conf_int().loc["alpha"])[0]
+    assert .4 < width(fit_law(few, "chinchilla", bootstrap=300, **kw))/width(fit_law(few, "chinchilla", **kw)) < 2.5
+
+def test_weights_are_precisions():
+    design = grid(**ND); sd = np.where(design.n_params < 1e8, .02, .002); rng = np.random.default_rng(0); truth = at("chinchilla", chin, design)
+    runs = design.assign(**{f"loss/{i}": truth*np.exp(sd*rng.standard_normal(len(design))) for i in range(100)})
+    fits = fit_laws(runs, "chinchilla", [f"loss/{i}" for i in range(100)], objective="squares", weights=1/sd**2*1e-6, n_starts=3)
+    assert .85 <= np.mean([((p := f.predict(design)).lo <= truth) & (truth <= p.hi) for f in fits.values()]) <= .95
+
+def test_profile_of_what_vanishes_and_of_absolute_errors(runs):
+    low = fit_law(planted_runs("chinchilla", {**chin, "E": 1e-3}, noise=.01, seed=2), "chinchilla"); p = low.profile("E"); assert p.open_below and p.hi < 1
+    law = fit_law(runs, "chinchilla", objective="absolute"); p, ci = law.profile("beta"), law.conf_int().loc["beta"]
+    assert abs(np.log((p.hi - p.lo)/(ci.hi - ci.lo))) < 1
+
 # ---------------------------------------------------------------- bad tables
 
 BAD = [
@@ -161,6 +198,26 @@ BAD = [
     ("unknown objective", lambda r: r, dict(objective="hubre"), "did you mean 'huber'"),
     ("unknown residual", lambda r: r, dict(on="logs"), "did you mean 'log'"),
     ("unknown variable", lambda r: r, dict(columns=dict(M="tokens")), "unknown variable"),
+    ("misspelt tie", lambda r: r, dict(tied=dict(bta="alpha")), "did you mean 'beta'"),
+    ("tied to nothing", lambda r: r, dict(tied=dict(beta="alfa")), "did you mean 'alpha'"),
+    ("tied to itself", lambda r: r, dict(tied=dict(beta="beta")), "found itself"),
+    ("misspelt prior", lambda r: r, dict(prior=dict(gamma=(1, 1))), "in `prior`"),
+    ("prior without sd", lambda r: r, dict(prior=dict(alpha=.3)), "expected (mean, sd)"),
+    ("prior of sd zero", lambda r: r, dict(prior=dict(alpha=(.3, 0))), "the sd of alpha"),
+    ("misspelt start", lambda r: r, dict(start=dict(gamma=1)), "in `start`"),
+    ("start that is no number", lambda r: r, dict(start=dict(E=np.nan)), "expected finite numbers"),
+    ("negative parameter", lambda r: r, dict(fixed=dict(E=-1)), "expected finite numbers from 0"),
+    ("text for a parameter", lambda r: r, dict(fixed=dict(E="low")), "expected numbers"),
+    ("everything held", lambda r: r, dict(fixed=chin), "nothing is left to fit"),
+    ("negative bootstrap", lambda r: r, dict(bootstrap=-5), "`bootstrap`"),
+    ("delta of zero", lambda r: r, dict(delta=0), "`delta`"),
+    ("no starts", lambda r: r, dict(n_starts=0), "`n_starts`"),
+    ("infinite weights", lambda r: r, dict(weights=np.full(36, np.inf)), "finite weights"),
+    ("two columns of one name", lambda r: pd.concat([r, r[["loss"]]], axis=1), {}, "'loss' twice"),
+    ("half unknown corpora", lambda r: r.assign(dataset=["a"]*18 + [None]*18), {}, "one dataset, found 2"),
+    ("several bits", lambda r: r.assign(bits=[2, 16]*18), {}, "one bits, found 2"),
+    ("no cluster column", lambda r: r, dict(cluster="run"), "expected a column 'run'"),
+    ("rows without a cluster", lambda r: r.assign(run=r.index.to_series().where(r.index > 3)), dict(cluster="run"), "4 rows without"),
 ]
 
 @pytest.mark.parametrize("name, make, kw, message", BAD, ids=[b[0] for b in BAD])
@@ -173,6 +230,29 @@ def test_bad_tables_are_refused(name, make, kw, message, runs):
 
 def test_unknown_law(runs):
     with pytest.raises(DataError, match="did you mean 'chinchilla'"): fit_law(runs, "chinchila")
+
+def test_failed_runs_are_left_out(runs): assert fit_law(runs.assign(status=["failed"]*3 + ["done"]*33), "chinchilla").n_rows == 33
+
+def test_a_changed_form_is_not_taken_for_the_registered_one(runs):
+    import dataclasses
+    with pytest.raises(DataError, match="registered law"): fit_law(runs, dataclasses.replace(law_forms["chinchilla"], fixed=dict(E=1.)))
+
+def test_groups_are_names_not_types():
+    params, design, kw = PLANTED["quest"]; d = planted_runs("quest", params, design).assign(precision=lambda r: r.precision.map({"2": 2, "3": 3, "4": 4, "bf16": 16}))
+    law = fit_law(d, "quest", fixed={"eff[16]": 1.}); assert len(law.predict(d.assign(precision=d.precision.astype(float)))) == len(d)
+    with pytest.raises(DataError, match="expected a group in every row"): fit_law(d.assign(precision=d.precision.where(d.index > 0)), "quest")
+
+def test_what_predict_refuses(runs):
+    law = fit_law(runs, "chinchilla"); f = lambda **kw: pd.DataFrame({"n_params": [1e9], "tokens": [1e10], **kw})
+    for bad, message in ((f(tokens=[0]), "expected positive numbers"), (f(tokens=[-1e9]), "expected positive"), (f().head(0), "at least one row"), ({}, "expected a DataFrame")):
+        with pytest.raises(DataError, match=message): law.predict(bad)
+    with pytest.warns(ExtrapolationWarning): law.predict(pd.DataFrame(dict(n_params=[1e9, 1e9], tokens=[np.nan, 1e16])))
+
+def test_a_line_of_runs_is_no_plane(runs):
+    line = planted_runs("chinchilla", chin, pd.DataFrame(dict(n_params=np.geomspace(1e7, 1e10, 12), tokens=20*np.geomspace(1e7, 1e10, 12))), noise=.003)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning); law = fit_law(line, "chinchilla")
+    with pytest.warns(ExtrapolationWarning, match="tokens per parameter"): law.predict(pd.DataFrame(dict(n_params=[1e9], tokens=[1e9])))
 
 def test_tokens_in_billions_are_suspicious(runs):
     with pytest.warns(FitWarning, match="looks like units"): fit_law(runs.assign(tokens=runs.tokens/1e9), "chinchilla")
