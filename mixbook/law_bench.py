@@ -8,9 +8,10 @@ Docs: https://mixbook.github.io/mixbook/law_bench.html.md"""
 __all__ = ['usual_fit', 'bench_laws', 'exp_floor', 'bench_joint']
 
 # %% ../nbs/07c_law_bench.ipynb #daf4d84d
-import itertools, time
+import itertools, time, warnings
 import numpy as np, pandas as pd
 from scipy.optimize import minimize
+from .core import FitWarning
 from .formula import compile_law, law_arrays
 from .laws import fit_law, fit_laws
 from .solver import rho
@@ -94,6 +95,10 @@ def bench_joint(
 )->dict: # CPU seconds of both, their ratio, objectives per loss
     "Time the additive and the joint mixture law on the same rows."
     from mixbook.mixture_laws import joint_from_additive
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning); return _bench_joint(runs, losses, joint_from_additive, kw)
+
+def _bench_joint(runs, losses, joint_from_additive, kw):
     fit_laws(runs.iloc[::4], "additive", losses[:1], n_starts=1, **kw); t0 = time.process_time()
     add = fit_laws(runs, "additive", losses, **kw); t1 = time.process_time()
     joint = {l: fit_laws(runs, "joint", [l], start=joint_from_additive(a.params), n_starts=1, **kw)[l] for l, a in add.items()}; t2 = time.process_time()

@@ -43,7 +43,7 @@ def _additive(w, N, D, E, C, g, A, B, alpha, beta): return E + _term(w, C, g) + 
 
 # %% ../nbs/06f_mixture_laws.ipynb #efc08c2c
 @law_form('joint', data=dict(w='w/', N='n_params', D='tokens'), vectors={**_VECTORS, 'CA': 'w', 'CB': 'w'}, regime=_SCALED, source='Shukor et al. 2025, arXiv 2507.09404, equation 2.5',
-          starts={**_STARTS, **_EXPONENTS, 'CA': (10, 3e3), 'CB': (10, 3e3), 'gA': (.5, 1.5), 'gB': (.5, 1.5)})
+          starts={**_STARTS, **_EXPONENTS, 'CA': (10, 3e3), 'CB': (10, 3e3), 'gA': (.5, 1.5), 'gB': (.5, 1.5)}, bounds=dict(CA=(0, float('inf')), CB=(0, float('inf'))))
 def _joint(w, N, D, E, C, g, CA, gA, CB, gB, alpha, beta):
     A, B = (sum(c*x for c, x in zip(Cs, w))**e for Cs, e in ((CA, gA), (CB, gB)))
     return E + _term(w, C, g) + A/N**alpha + B/D**beta

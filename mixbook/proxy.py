@@ -60,6 +60,7 @@ def adamw(
     lr:torch.Tensor, # (models, 1) learning rates
     step:int, # Step, from 0
     config:ProxyConfig, # Averages, decay, clipping
+    decayed:int|None=None, # Leading entries that weight decay acts on; None: all
 )->torch.Tensor: # (models,) norms of the gradients before clipping
     "One step of AdamW (arXiv 1711.05101) for every model, each with its own learning rate and its own clipping."
     b1, b2 = config.betas
@@ -71,7 +72,7 @@ def adamw(
         p, g, mm, vv = (o[:, a:a + 65_536] for o in (flat, grad, m, v))
         mm.lerp_(g, 1 - b1)
         vv.mul_(b2).addcmul_(g, g, value=1 - b2)
-        p.mul_(1 - lr*config.weight_decay)
+        p[:, :None if decayed is None else max(0, decayed - a)].mul_(1 - lr*config.weight_decay)
         p.add_((vv.sqrt().add_(1e-8*fix).reciprocal_().mul_(mm)).mul_(rate))
     return norm
 
@@ -166,6 +167,7 @@ class _Training:
         self.evals = {round(config.steps*(i + 1)/evals) for i in range(evals)}
         self.heldout = heldout_batches(corpus, seq_len=config.seq_len, n_windows=config.eval_windows)
         self.out = np.empty((self.M, config.batch, config.seq_len + 1), np.int64)
+    def advance(self): return _advance(self)
     def use(self, dtype): self.dtype, self.gradients = dtype, gradients(self.model, self.config.batch, self.config.seq_len, dtype)
 
 # %% ../nbs/03_proxy.ipynb #785c6356
@@ -221,7 +223,7 @@ def _run(t, checkpoint=None, save_seconds=20., progress=True, desc="proxy"):
     with one_thread(), tqdm(total=t.config.steps, initial=t.step, desc=desc, unit="step", disable=not progress, leave=False) as bar:
         while t.step < t.config.steps:
             start = time.perf_counter()
-            loss = _advance(t)
+            loss = t.advance()
             if t.step in t.evals or t.step == t.config.steps: t.rows += [list(_rows(t))]
             t.seconds += time.perf_counter() - start
             bar.update()

@@ -64,6 +64,12 @@ def _balanced(bits):
     if bits == 2: return Grid(1., -.5, -1, 2, -1.5, 1.5, 1.5, None)
 
 # %% ../nbs/10_quant.ipynb #42821d7f
+_grids, _clips = {}, {}  # (bits, method) → grid; (grid, type) → clip. Plain dicts, filled before anything is compiled
+
+def _outside(g, t):
+    "The numbers just outside the clip of `g`, in distances of two levels: the kernel excludes its bounds, the clip includes them."
+    return float(np.nextafter(t(g.lo*g.n), t(-np.inf))), float(np.nextafter(t(g.hi*g.n), t(np.inf)))
+
 def _width(bits):
     "`bits` as one of 1, 1.58, 2 … 8."
     try: b = float(bits)
@@ -79,10 +85,10 @@ def _find_grid(bits, method):
     if grid is None:
         able = [b for b in (1, 1.58, *range(2, 9)) if quantizers[method](b)]
         raise UnsupportedError(f"quantizer {method!r} has no levels for {bits} bits, only for {', '.join(map(str, able))}. Change `bits`, or leave `method` out.")
+    _clips.update({(grid, torch.float32): _outside(grid, np.float32), (grid, torch.float64): _outside(grid, np.float64)})
     return bits, method, grid
 
-_grids = {}  # (bits, method) → what was found; a plain dict, which torch.compile sees through
-
+# %% ../nbs/10_quant.ipynb #37e0b283
 def pick_quantizer(
     bits:float, # 1, 1.58, 2 … 8
     method:str|None=None, # Name in `quantizers`; None or 'seq': ParetoQ's choice for these bits
@@ -91,6 +97,9 @@ def pick_quantizer(
     key = (bits if type(bits) is int and 1 <= bits <= 8 else _width(bits)), method
     if key not in _grids: _grids[key] = _find_grid(*key)
     return _grids[key]
+
+for _bits in (1, 1.58, *range(2, 9)): pick_quantizer(_bits)
+for _method in ("balanced", "lsq"): pick_quantizer(2, _method)
 
 def grid_levels(
     grid:Grid, # Levels
@@ -131,15 +140,6 @@ def _quantise(weight, scale, bits, method, out=None):
     return wq.to(weight.dtype) if out is None else out.copy_(wq)
 
 # %% ../nbs/10_quant.ipynb #b5d5c026
-_clips = {}
-
-def _open_bounds(g, double):
-    "The numbers just outside the clip of `g`, in distances of two levels: the kernel excludes its bounds, the clip includes them."
-    if (g, double) not in _clips:
-        t = np.float64 if double else np.float32
-        _clips[g, double] = float(np.nextafter(t(g.lo*g.n), t(-np.inf))), float(np.nextafter(t(g.hi*g.n), t(np.inf)))
-    return _clips[g, double]
-
 def quantize_grads(
     weight:torch.Tensor, # (…, out, in) latent weights
     scale:torch.Tensor, # (…, out, 1) or (…, 1, 1) scales
@@ -157,7 +157,7 @@ def quantize_grads(
         dw, da = quantize_grads(weight.to(a.dtype), scale, grad_wq.to(a.dtype), bits, method)
         return dw.to(weight.dtype) if out is None else out.copy_(dw), da
     if wq is None: wq = _quantise(weight, scale, bits, method)
-    inplace, bounds = out is grad_wq, _open_bounds(g, a.dtype == torch.float64)
+    inplace, bounds = out is grad_wq, _clips[g, a.dtype]
     if inplace: total = torch.mul(grad_wq, wq, out=scratch).sum(-1, keepdim=True).mul_(g.outer)
     t = torch.div(weight, _step_of(a, g), out=scratch)
     dw = torch.ops.aten.hardtanh_backward(grad_wq, t, *bounds) if out is None else torch.ops.aten.hardtanh_backward.grad_input(grad_wq, t, *bounds, grad_input=out)
@@ -523,6 +523,7 @@ class QuantizedModel(Mapping):
     def __repr__(self): return f"QuantizedModel({len(self)} matrices, {sum(q.codes.numel() for q in self.values()):,} weights, {self.hash})"
     def _repr_markdown_(self): return f"**{self!r}**\n\n" + self.report().round(3).to_markdown() if len(self) else repr(self)
 
+# %% ../nbs/10_quant.ipynb #5b516682
 @torch.no_grad()
 def _collect(name, module):
     "`Quantized` of one prepared or coded layer."

@@ -177,6 +177,7 @@ def test_low_precision_weights_are_rounded_in_float32(bits, method, dtype):
     assert torch.equal(fake_quantize(w, a, bits, method, out=out), wq)
 
 
+@pytest.mark.filterwarnings("error::UserWarning:mixbook")
 @pytest.mark.parametrize("bits, method", [(1.58, "seq"), (2, "seq"), (4, "lsq")])
 def test_compiled_without_breaks(bits, method):
     w, a = matrix(8, 32, 0, torch.float32).requires_grad_(), torch.ones(8, 1, requires_grad=True)
@@ -193,7 +194,13 @@ def test_prepared_model_compiles():
     model = prepare_qat(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), QATConfig(2))
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).square().sum().backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x).square().sum().backward()
+    for p, g in zip(model.parameters(), got): torch.testing.assert_close(g, p.grad)
 
 
 def test_bfloat16_products_train():
