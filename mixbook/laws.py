@@ -99,17 +99,29 @@ class Law(Record):
     bootstrap:pd.DataFrame|None=None # One row of parameters per resample
 
     @property
-    def form(self): return _tied(law_forms[self.law], self.settings["tied"])
+    def form(self):
+        "The registered form, with the ties of this fit."
+        return _tied(law_forms[self.law], self.settings["tied"])
     @property
-    def names(self): return tuple(self.params)
+    def names(self):
+        "Flat names of the parameters."
+        return tuple(self.params)
     @property
-    def flat(self): return np.array(list(self.params.values()), float)
+    def flat(self):
+        "The parameters as one vector."
+        return np.array(list(self.params.values()), float)
     @property
-    def compiled(self): return compile_law(self.form, {v: len(l) for v, l in self.settings["levels"].items()})
+    def compiled(self):
+        "The law as functions of arrays."
+        return compile_law(self.form, {v: len(l) for v, l in self.settings["levels"].items()})
     @property
-    def theta(self): return self.compiled.search(self.flat[None])[0]
+    def theta(self):
+        "The parameters in the coordinates of the search."
+        return self.compiled.search(self.flat[None])[0]
     @property
-    def dof(self): return max(1, self.n_rows - int((np.diag(self.covariance) > 0).sum()))
+    def dof(self):
+        "Degrees of freedom: runs less free parameters."
+        return max(1, self.n_rows - int((np.diag(self.covariance) > 0).sum()))
 
 def _tied(form, tied): return dataclasses.replace(form, tied={**form.tied, **tied}) if tied else form
 
@@ -560,9 +572,13 @@ class Profile(Record):
     table:pd.DataFrame # value, objective, and all other parameters refitted
 
     @property
-    def open_below(self): return not np.isfinite(self.lo) or self.lo == 0
+    def open_below(self):
+        "Whether the interval has no lower end."
+        return not np.isfinite(self.lo) or self.lo == 0
     @property
-    def open_above(self): return not np.isfinite(self.hi)
+    def open_above(self):
+        "Whether the interval has no upper end."
+        return not np.isfinite(self.hi)
     def __repr__(self):
         ends = f"{'open below' if self.open_below else f'{self.lo:.4g}'} to {'open above' if self.open_above else f'{self.hi:.4g}'}"
         return f"Profile({self.name} = {self.estimate:.4g}, {self.level:.0%} interval {ends})"
