@@ -41,7 +41,7 @@ def _usable(runs, by, loss, n, d, kw):
     x = _scale(runs, by, n, d); y = _column(runs, loss_column(runs, loss), "the loss"); use = np.isfinite(x) & np.isfinite(y)
     if "status" in runs: use &= ~runs["status"].astype(str).isin(["failed"]).to_numpy()
     w = kw.get("weights"); kw = {**kw, "weights": np.asarray(w, float)[use]} if w is not None and not isinstance(w, str) and len(w) == len(runs) else kw
-    return runs[use].reset_index(drop=True), x[use], kw
+    return runs[use], x[use], kw
 
 def _folded(runs, law, folds, by, loss, n, d, kw): # folds: list of (fit mask, test mask, factor)
     parts, free = [], 0
@@ -50,7 +50,7 @@ def _folded(runs, law, folds, by, loss, n, d, kw): # folds: list of (fit mask, t
         w = kw.get("weights"); one = fit_law(runs[fit], law, loss=loss, n=n, d=d, **{**kw, **({"weights": w[fit]} if isinstance(w, np.ndarray) else {})}); free = one.n_rows - one.dof
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExtrapolationWarning); p = one.predict(runs[test], of="run")
-        y = runs.loc[test, loss_column(runs, loss)]; parts.append(p.assign(observed=y, error=p["mean"]/y - 1, fold=i))
+        y = runs.loc[test, loss_column(runs, loss)].to_numpy(float); parts.append(p.assign(observed=y, error=p["mean"]/y - 1, fold=i))
     t = pd.concat(parts)[["observed", "mean", "lo", "hi", "error", "fold"]]; t = t[t.observed.notna()]; e = np.abs(t.error.to_numpy())*100
     boot = e[np.random.default_rng(0).integers(0, len(e), (2000, len(e)))].mean(1)
     return Validation(law, by, t, float(e.mean()), np.quantile(boot, [.025, .975]).tolist(), float(t.observed.between(t.lo, t.hi).mean()), float(max(f for *_, f in folds)), free)
@@ -96,7 +96,7 @@ def leave_one_size_out(
 # %% ../nbs/07a_validate.ipynb #8f03e1c4
 def compare_laws(
     runs:pd.DataFrame, # Runs table
-    laws:Iterable[str]|Mapping, # Names of registered laws, or name -> further arguments of its fit, such as dict(fixed=…)
+    laws:Iterable[str]|Mapping, # Names of registered laws, or name -> further arguments of its fit, such as dict(fixed=…), with `law` where the name is not that of a law
     *,
     by:str="n_params", # Scale that is held out
     how:Callable=holdout_by_scale, # Or `leave_one_size_out`
@@ -105,7 +105,7 @@ def compare_laws(
     "Compare laws by held-out error, then by fewer parameters; `tied` is true where the paired difference to the best covers zero."
     if isinstance(laws, str): raise DataError(f"expected a list of laws, found {laws!r}.")
     laws = laws if isinstance(laws, Mapping) else {law: {} for law in laws}
-    v = {law: how(runs, law, by=by, **{**kw, **own}) for law, own in laws.items()}; best = min(v.values(), key=lambda o: o.mre)
+    v = {name: how(runs, own.get("law", name), by=by, **{**kw, **{k: x for k, x in own.items() if k != "law"}}) for name, own in laws.items()}; best = min(v.values(), key=lambda o: o.mre)
     def tied(o):
         diff = (o.table.error.abs() - best.table.error.abs()).to_numpy(); boot = diff[np.random.default_rng(0).integers(0, len(diff), (2000, len(diff)))].mean(1)
         return bool(np.quantile(boot, .025) <= 0)

@@ -279,3 +279,12 @@ def test_a_law_of_ones_own_in_one_cell(runs):
     def mine(N, D, E, A, alpha, B): return E + A/N**alpha + B/D**.37
     law = fit_law(runs, "planted test law"); assert law.status == "converged" and holdout_by_scale(runs, "planted test law").mre < 1
     with pytest.raises(DataError, match="registered already"): law_form("planted test law", data=dict(N="n_params"), starts={})(lambda N, E: E + N)
+
+def test_validation_keeps_the_callers_index(runs):
+    named = runs.set_index(pd.Index([f"r{i}" for i in range(len(runs))])); v = holdout_by_scale(named, "chinchilla")
+    assert set(v.table.index) <= set(named.index) and np.allclose(named.loss[v.table.index], v.table.observed)
+
+def test_a_law_is_compared_with_itself_held(runs):
+    from mixbook.validate import compare_laws
+    t = compare_laws(runs, {"free": dict(law="chinchilla"), "held": dict(law="chinchilla", fixed=dict(E=1.8)), "chinchilla-tied": {}})
+    assert set(t.law) == {"free", "held", "chinchilla-tied"} and t.set_index("law").free["held"] == 4
