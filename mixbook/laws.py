@@ -123,6 +123,7 @@ class Law(Record):
         "Degrees of freedom: runs less free parameters."
         return max(1, self.n_rows - int((np.diag(self.covariance) > 0).sum()))
 
+# %% ../nbs/07_laws.ipynb #7a678189
 def _tied(form, tied): return dataclasses.replace(form, tied={**form.tied, **tied}) if tied else form
 
 # %% ../nbs/07_laws.ipynb #11f93e8b
@@ -230,10 +231,10 @@ def _by_cluster(S, code): # meat of scores that are summed within each cluster
     return T@T.T*k/max(1, k - 1)
 
 # %% ../nbs/07_laws.ipynb #c27fc45e
-def _prior(c, prior): # centre and precision of the prior in the search, zero where there is none
+def _prior(c, labels, prior): # centre and precision of the prior in the search, zero where there is none
     center, prec = np.zeros(len(c.names)), np.zeros(len(c.names))
-    for i, n in enumerate(c.names):
-        p = prior.get(n, prior.get(n.partition("[")[0]))
+    for i, (n, l) in enumerate(zip(c.names, labels)):
+        p = prior.get(l, prior.get(n, prior.get(n.partition("[")[0])))
         if p is not None: center[i], prec[i] = (np.log(p[0]) if c.log[i] else p[0]), 1/p[1]**2
     return center, prec
 
@@ -363,10 +364,10 @@ def _fit_rows(rows, objective, on, delta, fixed, tied, prior, start, bootstrap, 
     labels = [_label(x, form, levels) for x in c.names]; R, lower, upper = _ranges(form, c)
     fixed = {k: v for k, v in {**form.fixed, **fixed}.items() if v is not None}; _check_names(form, c, labels, fixed, {**form.prior, **prior}, start); held, R = _held(form, dataclasses.replace(c, names=tuple(labels)), fixed, R)
     if held.all(): raise DataError(f"law {form.name!r}: every parameter is held, nothing is left to fit. Use `law_value` to evaluate it.")
-    count = np.isfinite(Y).sum(1); code = _codes(runs, cluster)
-    if (bad := count < (~held).sum() + 1).any(): raise DataError(f"law {form.name!r} has {(~held).sum()} free parameters: expected at least {(~held).sum() + 1} runs with {losses[bad.argmax()]!r}, found {count[bad.argmax()]}. Fix some parameters or add runs.")
+    center, prec = _prior(c, labels, {**form.prior, **prior})
+    count = np.isfinite(Y).sum(1); code = _codes(runs, cluster); need = int((~held & (prec == 0)).sum()) + 1
+    if (bad := count < need).any(): raise DataError(f"law {form.name!r} has {need - 1} free parameters{' without a prior' if prec.any() else ''}: expected at least {need} runs with {losses[bad.argmax()]!r}, found {count[bad.argmax()]}. Fix some parameters, give them a prior, or add runs.")
     tol = tol or (1e-11 if (~held).sum() <= 12 else 1e-6)
-    center, prec = _prior(c, {**form.prior, **prior})
     if start:   # the implied bounds, not the declared ones, give way to a start
         s, own = c.search(_start(c, labels, start, R.mean(1))[None])[0], np.array([n.partition("[")[0] in form.bounds for n in c.names])
         lower, upper = np.where(own, lower, np.minimum(lower, s)), np.where(own, upper, np.maximum(upper, s))
