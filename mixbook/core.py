@@ -69,10 +69,12 @@ class Registry(Mapping):
     def register(self,
         name:str, # Name users will write
         item=None, # The thing, or "module:attribute"; leave out to use as a decorator
+        *,
+        replace:bool=False, # Put it in the place of one that is there
     ): # The thing, or the decorator
-        "Register `item` under `name`; a second one under the same name is refused."
-        if item is None: return lambda o: self.register(name, o)
-        if name in self._items: raise DataError(f"{self.kind} {name!r} is registered already, as {self._items[name]!r}. Choose another name.")
+        "Register `item` under `name`; a second one under the same name is refused, unless it is to `replace` the first."
+        if item is None: return lambda o: self.register(name, o, replace=replace)
+        if name in self._items and not replace: raise DataError(f"{self.kind} {name!r} is registered already, as {self._items[name]!r}. Choose another name.")
         self._items[name] = item
         return item
 

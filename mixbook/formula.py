@@ -49,7 +49,8 @@ def law_form(
         if odd := [k for k, (lo, hi) in form.bounds.items() if not lo <= hi]: raise DataError(f"law {form.name!r}: expected bounds (low, high) of {odd[0]!r}, found {form.bounds[odd[0]]}.")
         for k in (*form.tied.values(), *form.data, *form.starts, *form.bounds, *form.vectors, *form.fixed, *form.tied, *form.prior):
             if k not in args: raise DataError(f"law {form.name!r}: expected an argument of its formula, found {k!r}{did_you_mean(k, args)}")
-        return law_forms.register(form.name, form)
+        again = form.name in law_forms and law_forms[form.name].formula.__qualname__ == f.__qualname__   # a cell that is run again
+        return law_forms.register(form.name, form, replace=again)
     return deco
 
 # %% ../nbs/06b_formula.ipynb #2161b75f
