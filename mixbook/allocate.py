@@ -11,8 +11,8 @@ __all__ = ['allocate', 'Plan', 'StatedLaw', 'allocate_qat', 'allocate_split', 'o
 import numpy as np, pandas as pd
 from . import laws  # registers all laws
 from .core import DataError, FitError, did_you_mean
-from .formula import law_forms
-from .plan import beyond_range, _doubts, falls_to, line_minimum, _no_intervals, Plan, _positive, _span, StatedLaw, _unknowns, _warn_beyond
+from .formula import is_vector, law_forms
+from .plan import _plannable, _scalar, beyond_range, _doubts, falls_to, line_minimum, _no_intervals, Plan, _positive, _span, StatedLaw, _unknowns, _warn_beyond
 from .qat_budget import allocate_qat, optimal_fraction, tokens_per_byte
 from .split_budget import allocate_split
 
@@ -79,16 +79,31 @@ def _one_budget(law, T, C, U, D_inf, limits, at, level): # row of the table, reg
     return row, _regret(law, T, C, u, level, U, D_inf, limits, at), curve, 1 - inb.mean(), inside
 
 # %% ../nbs/08_allocate.ipynb #8fea0256
+def _at_values(law, at, unique_tokens): # fixed variables: a number each, or the entries of a vector
+    form, out = law_forms[law.law], {}
+    for k, v in at.items():
+        if k not in form.data: raise DataError(f"law {law.law!r}: unknown variable {k!r} in `at`{did_you_mean(k, form.data)}")
+        if k in ("N", "D") or k == "U" and unique_tokens is not None: raise DataError(f"expected `at` without {k}: {'the budget decides it' if k in 'ND' else '`unique_tokens` says it'}.")
+        try: x = np.asarray(v, float)
+        except (TypeError, ValueError): raise DataError(f"expected numbers for {k} in `at`, found {v!r}.") from None
+        if not np.isfinite(x).all(): raise DataError(f"expected finite numbers for {k} in `at`, found {v!r}.")
+        column = form.data[k]; size = sum(n.startswith(tuple(f"{p}[" for p, s in form.vectors.items() if s == k)) for n in law.names)//max(1, sum(s == k for s in form.vectors.values()))
+        if not is_vector(column):
+            if x.ndim: raise DataError(f"expected one number for {k} in `at`, found {v!r}. Plan several values one by one.")
+        elif x.shape != (size,): raise DataError(f"expected {size} entries for {k} in `at`, found {v!r}.")
+        elif (x < 0).any() or abs(x.sum() - 1) > 1e-6 or column.endswith("=") and set(x) - {0., 1.}: raise DataError(f"expected {'one 1 among zeros' if column.endswith('=') else 'shares that sum to one'} for {k} in `at`, found {v!r}.")
+        out[k] = x
+    return out
+
 def _arguments(law, flops, unique_tokens, inference_tokens, n_limits, at):
     form = law_forms[law.law]; given = {"N", "D", *at} | ({"U"} if unique_tokens is not None else set())
-    for k in at:
-        if k not in form.data: raise DataError(f"law {law.law!r}: unknown variable {k!r} in `at`{did_you_mean(k, form.data)}")
     if not {"N", "D"} <= set(form.data): raise DataError(f"expected a law of N and D, found {law.law!r} of {', '.join(form.data)}. Fit for example 'chinchilla'.")
     if miss := [v for v in form.data if v not in given]: raise DataError(f"law {law.law!r} also speaks of {', '.join(miss)}: " + ("pass `unique_tokens=`." if miss == ["U"] else f"pass `at=dict({miss[0]}=…)`."))
     C = np.atleast_1d(_positive(flops=flops)["flops"])
-    U = None if unique_tokens is None else float(_positive(unique_tokens=unique_tokens)["unique_tokens"])
-    if not (np.ndim(inference_tokens) == 0 and inference_tokens >= 0): raise DataError(f"expected `inference_tokens` of at least zero, found {inference_tokens!r}.")
-    limits = None if n_limits is None else tuple(_positive(n_limits=n_limits)["n_limits"])
+    U = None if unique_tokens is None else _scalar("unique_tokens", unique_tokens, 1)
+    inference_tokens = _scalar("inference_tokens", inference_tokens)
+    limits = None if n_limits is None else tuple(np.atleast_1d(_positive(n_limits=n_limits)["n_limits"]))
+    if C.ndim != 1: raise DataError(f"expected `flops` as a number or a flat sequence, found shape {C.shape}.")
     if limits is not None and not (len(limits) == 2 and limits[0] < limits[1]): raise DataError(f"expected `n_limits` as (smallest, largest) size, found {n_limits!r}.")
     return C, U, float(inference_tokens), limits
 
@@ -112,13 +127,14 @@ def allocate(
     seed:int=0, # Of the draws
 )->Plan: # One row per budget
     "Divide each budget of `flops` between parameters and tokens so that the loss under `law` is lowest."
-    at = dict(at or {}); C, U, D_inf, limits = _arguments(law, flops, unique_tokens, inference_tokens, n_limits, at)
+    _plannable(law); at = _at_values(law, dict(at or {}), unique_tokens); C, U, D_inf, limits = _arguments(law, flops, unique_tokens, inference_tokens, n_limits, at)
+    draws, seed, level = _scalar("draws", draws, 2, True), _scalar("seed", seed, 0, True), _scalar("level", level)
     T = law.draws(draws, seed); _span(T[:, :1], level)
     rows, regret, curves, lost, inside = zip(*[_one_budget(law, T, c, U, D_inf, limits, at, level) for c in C])
     table = pd.DataFrame(rows)[["flops", "n_params", "n_params_lo", "n_params_hi", "tokens", "tokens_lo", "tokens_hi", "tokens_per_param", *(["passes"] if U is not None else []), *(["inference_share"] if D_inf else []), "loss", "loss_lo", "loss_hi", "regret"]]
     status = [] if all(inside) else ["the best size lies at a limit" + ("" if limits is not None else ": every unique token once")]
     if max(lost) > .01 and all(inside): status.append(f"{max(lost):.0%} of the draws have no optimum inside the search")
-    beyond = beyond_range(law, N=table["n_params"], D=table["tokens"]); _warn_beyond(beyond); more, known = _unknowns(law, draws=[T])
+    beyond = beyond_range(law, N=table["n_params"], D=table["tokens"], **{k: v for k, v in at.items() if not np.ndim(v)}, **({"U": U} if U is not None and "U" in law_forms[law.law].data else {})); _warn_beyond(beyond); more, known = _unknowns(law, draws=[T])
     regret, curves = pd.concat(regret, ignore_index=True), pd.concat(curves, ignore_index=True)
     if not known: table, regret, curves = _no_intervals(table.drop(columns="regret"), regret, curves)
     return Plan("size", table, regret, curves, law.law, level if known else None, beyond, "; ".join(status + _doubts([law], table)) or "ok", [n for n in _size_notes(U, D_inf, "U" in law_forms[law.law].data) if known or not n.startswith("regret")] + more,

@@ -226,14 +226,25 @@ def plan(
     seed:int=0, # Of the draws
 ):
     "Divide a budget: parameters against tokens, or full precision against QAT (with --bits)."
+    import warnings
     from mixbook import allocate as a
-    _figure_name(plot); one = None if source == "published" else _law_of(source, law, loss, n, d, seed)
+    from mixbook.core import ExtrapolationWarning
+    warnings.simplefilter("ignore", ExtrapolationWarning)   # the last line says it
+    _figure_name(plot)
+    if not bits and (tokens or n_params or memory): raise DataError("expected --tokens, --n-params and --memory together with --bits, for a QAT plan. Without --bits a plan takes --flops.")
+    one = None if source == "published" else _law_of(source, law, loss, n, d, seed)
     if bits: made = a.allocate_qat(bits=_numbers(bits, "bits"), tokens=_numbers(tokens, "tokens") if tokens else None, flops=_numbers(flops, "budgets") if flops else None, n_params=n_params, memory=memory, law=one, seed=seed)
     elif one is None or not flops: raise DataError("expected a law or a table of runs, and --flops; or --bits with --tokens and --n-params for a QAT plan. See `mixbook plan --help`.")
     else: made = a.allocate(one, flops=_numbers(flops, "budgets"), unique_tokens=unique_tokens, inference_tokens=inference_tokens, seed=seed)
-    print(f"{made}\n\n{made.table.T.to_string(header=len(made.table) > 1, float_format='{:.5g}'.format)}\n\n{made.status}")
+    print(_plan_text(made))
     if out: made.to_json(out); print(f"plan in {out}")
     if plot: _save_figure(made.plot(), plot)
+
+def _plan_text(made): # all that a plan holds, for a terminal
+    wide = dict(header=len(made.table) > 1, float_format="{:.5g}".format); parts = [repr(made), made.table.T.to_string(**wide)]
+    if made.regret is not None and len(made.regret): parts.append("What a wrong choice costs:\n" + made.regret.to_string(index=False, float_format="{:.4g}".format))
+    far = ", ".join(f"{k} {v:.3g} times" for k, v in made.beyond.items() if v > 1.001)
+    return "\n\n".join([*parts, "\n".join(f"- {n}" for n in made.notes), f"status: {made.status}" + (f"; beyond the runs of the law: {far}" if far else "")])
 
 def _law_of(source, law, loss, n, d, seed):
     from mixbook.laws import Law, fit_law

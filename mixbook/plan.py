@@ -12,7 +12,7 @@ import dataclasses, html, warnings
 from collections.abc import Callable
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from .core import DataError, ExtrapolationWarning, Record
+from .core import DataError, ExtrapolationWarning, Record, one_of
 from .formula import compile_law, flat_params, law_arrays, law_forms
 
 # %% ../nbs/07d_plan.ipynb #7bd008cf
@@ -24,6 +24,12 @@ class StatedLaw:
     se:dict=dataclasses.field(default_factory=dict) # Parameter -> standard error, where stated
     range:dict=dataclasses.field(default_factory=dict) # Variable -> (smallest, largest) of the runs behind it
 
+    def __post_init__(self):
+        form = law_forms[self.law]; known = [a for a in form.formula.__code__.co_varnames[:form.formula.__code__.co_argcount] if a not in form.data]
+        for k, v in (*self.params.items(), *self.se.items()):
+            one_of(k.partition("[")[0], known, what=f"parameter of law {self.law!r}")
+            if not np.isfinite(np.asarray(v, float)).all(): raise DataError(f"law {self.law!r}: expected finite numbers for {k}, found {v!r}.")
+        for k in self.range: one_of(k.partition("[")[0], form.data, what=f"variable of law {self.law!r}")
     @property
     def _compiled(self):
         form = law_forms[self.law]
@@ -134,6 +140,16 @@ def _span(
     "The central interval that holds `level` of the draws."
     if not 0 < level < 1: raise DataError(f"expected a level between 0 and 1, found {level}.")
     return tuple(np.nanquantile(np.asarray(x, float), [(1 - level)/2, (1 + level)/2], axis=0))
+
+def _plannable(law): # a law, before anything is asked of it
+    if not all(hasattr(law, a) for a in ("law", "values", "draws", "names", "flat", "range")): raise DataError(f"expected a fitted `Law` or a `StatedLaw`, found {type(law).__name__}. Fit one with `fit_law`.")
+    return law
+
+def _scalar(name, value, low=0., whole=False): # one finite number
+    try: x = float(value)
+    except (TypeError, ValueError): raise DataError(f"expected one number for `{name}`, found {value!r}.") from None
+    if not np.isfinite(x) or x < low or whole and x != int(x): raise DataError(f"expected {'a whole number' if whole else 'a finite number'} of at least {low:g} for `{name}`, found {value!r}.")
+    return int(x) if whole else x
 
 def _positive(
     **values, # Name -> number or sequence

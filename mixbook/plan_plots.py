@@ -80,7 +80,7 @@ def plot_split(
     if "laws_lo" in t: ax.vlines(t["tokens"], t["laws_lo"], t["laws_hi"], color=_PALETTE[1], lw=5, alpha=.5, label="range over the rivals")
     _band(ax, t["tokens"], c, t["share_lo"], t["share_hi"]); ax.plot(t["tokens"], t["share"], "*-", ms=10, mec=_theme(ax).card, mew=.6, color=c, lw=1.6, label=plan.law)
     even = t["break_even"].iloc[0]
-    if t["tokens"].min()/10 <= even <= t["tokens"].max()*10: ax.axvline(even, color=ink, lw=1, ls="--", label=f"pays from {_count(even)} tokens")
+    if t["tokens"].min()/10 <= even <= t["tokens"].max()*10: ax.axvline(even, color=ink, lw=1, ls="--", label=f"specialising pays from {_count(even)} tokens")
     _log_axis(ax.xaxis, t["tokens"]); ax.set_ylim(-.03, 1.03 if t["share"].max() > .6 else None); _legend(ax, loc="best")
     return _dress(ax, "tokens over the whole system", "share for specialists", title, grid="both")
 

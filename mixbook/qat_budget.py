@@ -72,9 +72,9 @@ def _qat_loss(law, theta, N, D, f, P): # (b, n) losses; all data broadcast
 
 def _full_loss(law, theta, N, D): return _qat_loss(law, theta, N, D, .5, 1e6)  # at a million bits no rounding is left
 
-def _best_fraction(law, theta, N, D, P, zooms=1): # (b,) fractions and losses
-    u, loss, _ = line_minimum(lambda u: _qat_loss(law, theta, N, D, _sigmoid(u), P), -12, 12, n=241, zooms=zooms)
-    return _sigmoid(u), loss
+def _best_fraction(law, theta, N, D, P, zooms=1): # (b,) fractions and losses; nan where the loss still falls at the end of the search
+    u, loss, inside = line_minimum(lambda u: _qat_loss(law, theta, N, D, _sigmoid(u), P), -12, 12, n=241, zooms=zooms)
+    return np.where(inside, _sigmoid(u), np.nan), loss
 
 # %% ../nbs/07e_qat_budget.ipynb #0bf397b3
 def _lowest_loss(law, N, D, P): # (m,) over the best fractions, point estimate
@@ -169,12 +169,13 @@ def allocate_qat(
     said = _qat_formula(N, P, D, a); f = said["formula"]; T = None
     if law is not None:
         T = _qat_law(law).draws(draws, seed); f = np.array([_best_fraction(law, law.flat[None], *o, zooms=3)[0][0] for o in zip(N, D, P)])
+    if np.isnan(f).any(): raise DataError(f"law {law.law!r} has no best fraction between 0 and 1 at {P[np.isnan(f)][0]:g} bits: its loss falls to the end of the search, where training quantised from the first step or rounding afterwards is another experiment. Is its xi negative, or the fit degenerate?")
     full, qat = whole_steps(D, f, batch_tokens)
     table = pd.DataFrame({"bits": P, "n_params": N, "bytes": N*P/8, "tokens": full + qat, "tokens_per_byte": D/(N*P/8), "fraction": f, "fraction_lo": said["formula_lo"], "fraction_hi": said["formula_hi"], "fp_tokens": full, "qat_tokens": qat})
     if law is None: return Plan("qat", table, law=f"f* = exp(-{a:g} / ln S)", level=None, notes=_qat_notes(seed_sd), beyond=beyond_range(_paper, N=N, D=D, P=P), settings=dict(a=a, batch_tokens=batch_tokens))
     rows, lows = zip(*[_qat_under_law(law, T, *o, level, tolerance) for o in zip(N, P, D, f)])
     table = table.assign(**pd.DataFrame(rows)[["fraction_lo", "fraction_hi", "loss", "loss_lo", "loss_hi", "penalty", "penalty_lo", "penalty_hi", "full_tokens", "equal_tokens"]], formula=said["formula"])
-    if len(table) > 1: table["best_in"] = np.bincount(np.argmin(lows, 0), minlength=len(table))/draws
+    if len(table) > 1 and len(np.unique(tokens if flops is None else flops)) == 1: table["best_in"] = np.bincount(np.argmin(lows, 0), minlength=len(table))/draws   # one budget: widths and sizes compete
     choices = lambda i: {"10 %": .1, "formula": said["formula"][i], "formula - 0.091": said["formula_lo"][i], "formula + 0.091": said["formula_hi"][i]}
     regret = pd.concat([_qat_regret(law, T, r, level, choices(i)) for i, r in table.iterrows()], ignore_index=True)
     curves = pd.concat([_qat_curve(law, T, r, level) for _, r in table.iterrows()], ignore_index=True)
