@@ -240,6 +240,7 @@ def plan(
     if out: made.to_json(out); print(f"plan in {out}")
     if plot: _save_figure(made.plot(), plot)
 
+# %% ../nbs/13_cli.ipynb #1494a35a
 def _plan_text(made): # all that a plan holds, for a terminal
     wide = dict(header=len(made.table) > 1, float_format="{:.5g}".format); parts = [repr(made), made.table.T.to_string(**wide)]
     if made.regret is not None and len(made.regret): parts.append("What a wrong choice costs:\n" + made.regret.to_string(index=False, float_format="{:.4g}".format))
