@@ -34,6 +34,15 @@ class LawForm:
     requires:Callable|None = None # Columns as arrays -> None, or raises DataError
     source:str = "" # Where the formula stands
 
+    @property
+    def arguments(self):
+        "Arguments of the formula: variables and parameters, in order."
+        return self.formula.__code__.co_varnames[:self.formula.__code__.co_argcount]
+    @property
+    def parameters(self):
+        "Arguments that are not variables, tied ones among them."
+        return tuple(a for a in self.arguments if a not in self.data)
+
 # %% ../nbs/06b_formula.ipynb #77ce48c1
 def law_form(
     name:str|None=None, # Default: the function's name, `_` as `-`
@@ -44,7 +53,7 @@ def law_form(
     "Register a formula as a law; a wrong name in its settings is refused."
     def deco(f):
         form = LawForm(name or f.__name__.replace("_", "-"), f, dict(data), **kw)
-        args = f.__code__.co_varnames[:f.__code__.co_argcount]
+        args = form.arguments
         if odd := {"loss", "weight"} & set(form.data): raise DataError(f"law {form.name!r}: a variable cannot be called {', '.join(odd)}; the rows of a law have columns of that name. Call it x.")
         if odd := [k for k, (lo, hi) in form.bounds.items() if not lo <= hi]: raise DataError(f"law {form.name!r}: expected bounds (low, high) of {odd[0]!r}, found {form.bounds[odd[0]]}.")
         for k in (*form.tied.values(), *form.data, *form.starts, *form.bounds, *form.vectors, *form.fixed, *form.tied, *form.prior):
@@ -55,9 +64,8 @@ def law_form(
 
 # %% ../nbs/06b_formula.ipynb #2161b75f
 def _names(form, sizes): # flat names in the order of the signature
-    args = form.formula.__code__.co_varnames[:form.formula.__code__.co_argcount]
     sizes, out = dict(sizes), []
-    for p in (a for a in args if a not in form.data and a not in form.tied):
+    for p in (a for a in form.parameters if a not in form.tied):
         out += [f"{p}[{i}]" for i in range(sizes[form.vectors[p]])] if p in form.vectors else [p]
     return tuple(out)
 
@@ -79,7 +87,7 @@ def _symbols(form, sizes):
         s, l = sp.Symbol(f"x_{v}_{i}", positive=True), sp.Symbol(f"log_{v}_{i}", real=True); raw[s], logs[s] = (v, i), l
         return s
     kw = {v: tuple(variable(v, i) for i in range(sizes[v])) if is_vector(c) else variable(v, 0) for v, c in form.data.items()}
-    for p in (a for a in form.formula.__code__.co_varnames[:form.formula.__code__.co_argcount] if a not in form.data):
+    for p in form.parameters:
         src = form.tied.get(p, p)
         kw[p] = tuple(value[f"{src}[{i}]"] for i in range(sizes[form.vectors[src]])) if src in form.vectors else value[src]
     expr = sp.sympify(form.formula(**kw)).replace(lambda e: e.is_Pow and e.base in logs and not e.exp.is_number, lambda e: sp.exp(e.exp*logs[e.base]))
@@ -168,7 +176,7 @@ def law_value(
 )->np.ndarray: # (n,) values
     "Evaluate a law at given parameters and data; missing and unknown names raise `DataError`."
     form = law_forms[form] if isinstance(form, str) else form
-    for got, known, what in ((data, form.data, "variable"), (params, _scalars(form), "parameter")):
+    for got, known, what in ((data, form.data, "variable"), (params, [a for a in form.parameters if a not in form.tied], "parameter")):
         for k in got:
             if k not in known: raise DataError(f"law {form.name!r}: unknown {what} {k!r}{did_you_mean(k, known)}")
         if miss := [k for k in known if k not in got and k not in form.fixed]: raise DataError(f"law {form.name!r}: expected {what}s {', '.join(known)}; {', '.join(miss)} missing.")
@@ -178,8 +186,6 @@ def law_value(
     return c.fn(c.search(flat[None]), law_arrays(c, data))[0][0]
 
 # %% ../nbs/06b_formula.ipynb #780c172e
-def _scalars(form): return [a for a in form.formula.__code__.co_varnames[:form.formula.__code__.co_argcount] if a not in form.data and a not in form.tied]
-
 def flat_params(
     form:LawForm, # The law
     compiled:CompiledLaw, # Its functions
@@ -201,7 +207,7 @@ def latex_of(
     import sympy as sp
     form = law_forms[form] if isinstance(form, str) else form
     kw = {}
-    for a in form.formula.__code__.co_varnames[:form.formula.__code__.co_argcount]:
+    for a in form.arguments:
         vector = a in form.vectors or is_vector(form.data.get(a, ""))
         kw[a] = tuple(sp.Symbol(f"{a}_{i+1}", positive=True) for i in range(entries)) if vector else sp.Symbol({"lam": "lambda"}.get(a, a), positive=True)
     return sp.latex(form.formula(**kw), order="none")

@@ -12,7 +12,7 @@ import itertools, time, warnings
 import numpy as np, pandas as pd
 from scipy.optimize import minimize
 from .core import FitWarning
-from .formula import compile_law, law_arrays
+from .formula import law_arrays
 from .laws import fit_law, fit_laws
 from .solver import rho
 

@@ -12,8 +12,8 @@ import numpy as np, pandas as pd
 import matplotlib as mpl, matplotlib.pyplot as plt
 from .core import DataError, UnsupportedError
 from .laws import Law, Profile
+from .plan import lowest
 from .plots import _axes, _count, _dress, _legend, _log_axis, _short, _theme
-from .size_laws import compute_optimal
 
 # %% ../nbs/12e_law_plots.ipynb #dfb9b0c7
 def _shades(n, ax):
@@ -145,9 +145,7 @@ def optimal_line(
     flops = np.atleast_1d(np.asarray(flops, float)); T = law.flat[None] if theta is None else np.atleast_2d(theta); u = np.linspace(-1, 1, 201)*np.log(300)
     mid = .5*np.log(flops/6); lo, hi = (np.log(law.range["N"][0]/law.range["D"][1]), np.log(law.range["N"][1]/law.range["D"][0])) if law.range["D"][1] else (0, 0)
     n = mid[:, None] + .25*(lo + hi) + u; _, others = _scalars(law); data = {**{k: np.full(n.size, c) for k, c in others.items()}, "N": np.exp(n).ravel(), "D": (flops[:, None]/6/np.exp(n)).ravel(), **_fixed_vectors(law, n.size)}
-    f = law.values(T, **data).reshape(len(T), len(flops), -1); i = np.clip(f.argmin(2), 1, f.shape[2] - 2)
-    a, b, c = (np.take_along_axis(f, (i + s)[..., None], 2)[..., 0] for s in (-1, 0, 1))
-    at = np.take_along_axis(np.broadcast_to(n, f.shape), i[..., None], 2)[..., 0] + (u[1] - u[0])*.5*(a - c)/np.maximum(a - 2*b + c, 1e-300)
+    at = mid + .25*(lo + hi) + lowest(u, law.values(T, **data).reshape(-1, len(u)))[0].reshape(len(T), len(flops))
     return np.exp(at[0] if theta is None else at)
 
 def plot_frontier(

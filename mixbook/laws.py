@@ -14,9 +14,9 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy import stats
 from .core import LOSS, DataError, ExtrapolationWarning, FitError, FitWarning, Record, did_you_mean, one_of
-from .formula import LawForm, compile_law, flat_params, is_vector, latex_of, law_arrays, law_forms
+from .formula import LawForm, compile_law, is_vector, latex_of, law_arrays, law_forms
 from . import mixture_laws, precision_laws, size_laws, stage_laws  # they register their laws
-from .solver import FitProblem, _pull, candidates, minimise, penalties, rho
+from .solver import FitProblem, _pull, candidates, minimise, penalties
 
 # %% ../nbs/07_laws.ipynb #3704c5a9
 POOLS = ("corpus_hash", "dataset", "dataset_name", "tokenizer", "experiment")   # one value each, or losses are not comparable
@@ -269,8 +269,8 @@ def _status(form, c, labels, theta, ok, gone, lower, upper, held):
     return "; ".join(out)
 
 # %% ../nbs/07_laws.ipynb #1ddaea46
-def _parameters(form): # scalars and vectors, by their names in the formula
-    return [a for a in form.formula.__code__.co_varnames[:form.formula.__code__.co_argcount] if a not in form.data]
+def _finished(runs): # mask of the runs that did not fail
+    return (runs["status"].astype(str) != "failed").to_numpy() if "status" in runs else np.ones(len(runs), bool)
 
 def _form_of(law): # by name, or the registered form itself
     if isinstance(law, str): return law_forms[law]
@@ -301,7 +301,7 @@ def _setup(runs, law, losses, n, d, columns, on, weights, tied):
     for v, c in columns.items():
         if is_vector(c) != is_vector(form.data[one_of(v, form.data, what=f"variable of law {form.name!r}")]): raise DataError(f"law {form.name!r}: expected a column like {form.data[v]!r} for {v}, found {c!r}.")
     _check_table(runs, set(form.data)); runs = runs.reset_index(drop=True)
-    if "status" in runs: runs = runs[~runs["status"].astype(str).isin(["failed"])].reset_index(drop=True)
+    runs = runs[_finished(runs)].reset_index(drop=True)
     losses = [loss_column(runs, l) for l in losses]; Y = np.stack([_column(runs, l, "the loss") for l in losses])
     data, levels = _variables(runs, form, columns); use = np.isfinite(Y).any(0)
     for x in data.values(): use &= np.isfinite(x if x.ndim == 1 else x.sum(1))
@@ -349,7 +349,7 @@ def fit_laws(
     if isinstance(losses, str) or not len(losses := list(losses)): raise DataError(f"expected a list of loss columns, found {losses!r}.")
     for name, value, low in (("delta", delta, 1e-300), ("bootstrap", bootstrap, 0), ("n_starts", n_starts, 1), ("seed", seed, 0)): _check_numbers(f"`{name}`", value, low)
     for k, v in dict(tied or {}).items():
-        for x in (k, v): one_of(x, _parameters(_form_of(law)), what=f"parameter of law {_form_of(law).name!r} in `tied`")
+        for x in (k, v): one_of(x, _form_of(law).parameters, what=f"parameter of law {_form_of(law).name!r} in `tied`")
         if k == v: raise DataError(f"expected another parameter to tie {k!r} to, found itself.")
     rows = _setup(runs, law, losses, n, d, columns, on, weights, tied)
     out = _fit_rows(rows, objective, on, delta, dict(fixed or {}), dict(tied or {}), dict(prior or {}), start, bootstrap, cluster, n_starts, tol, seed)
@@ -506,10 +506,14 @@ def _noise(law, level, z): # half-width of a run around the law, in quantiles z:
     p = law.n_rows - law.dof; r = np.sort(np.abs(law.residuals)*np.sqrt(law.rows["weight"]/law.rows["weight"].mean()))[min(p, law.n_rows - 1):]
     return max(residual_scale(law.residuals, p), float(np.quantile(r, level))/z)
 
+def _row_data(law): # variable -> array of the fitted rows
+    levels = law.settings["levels"]
+    return {v: law.rows[[f"{v}[{l}]" for l in levels[v]]].to_numpy() if v in levels else law.rows[v].to_numpy() for v in law.form.data}
+
 @patch(as_prop=True)
 def residuals(self:Law): # (n,)
     "Residuals of the rows: predicted minus observed, in logs if the fit was."
-    f = self.values(**{v: self.rows[[f"{v}[{l}]" for l in self.settings["levels"][v]]].to_numpy() if v in self.settings["levels"] else self.rows[v].to_numpy() for v in self.form.data})
+    f = self.values(**_row_data(self))
     y = self.rows["loss"].to_numpy()
     return np.log(f/y) if self.settings["on"] == "log" else f - y
 
@@ -592,10 +596,9 @@ class Profile(Record):
 def _problem(law):
     "The stack-of-one problem that a law was fitted as, and its held parameters."
     s, c, form = law.settings, law.compiled, law.form; R, lo, hi = _ranges(form, c)
-    data = {v: law.rows[[f"{v}[{l}]" for l in s["levels"][v]]].to_numpy() if v in s["levels"] else law.rows[v].to_numpy() for v in form.data}
     held, _ = _held(form, dataclasses.replace(c, names=law.names), s["fixed"], R); prec = np.array(s.get("prec", np.zeros(len(c.names))))
     lo, hi = np.minimum(lo, law.theta), np.maximum(hi, law.theta)
-    return FitProblem(c, law_arrays(c, data), law.rows["loss"].to_numpy()[None], law.rows["weight"].to_numpy()[None], s["on"], s["objective"], s["delta"], lo, hi,
+    return FitProblem(c, law_arrays(c, _row_data(law)), law.rows["loss"].to_numpy()[None], law.rows["weight"].to_numpy()[None], s["on"], s["objective"], s["delta"], lo, hi,
                       np.array(s["center"]) if "center" in s else None, s["precision"]*prec[None]/prec.max() if "precision" in s else None), held, prec
 
 def _row_codes(law): return None if "cluster" not in law.rows else pd.factorize(law.rows["cluster"])[0]

@@ -25,9 +25,9 @@ class StatedLaw:
     range:dict=dataclasses.field(default_factory=dict) # Variable -> (smallest, largest) of the runs behind it
 
     def __post_init__(self):
-        form = law_forms[self.law]; known = [a for a in form.formula.__code__.co_varnames[:form.formula.__code__.co_argcount] if a not in form.data]
+        form = law_forms[self.law]
         for k, v in (*self.params.items(), *self.se.items()):
-            one_of(k.partition("[")[0], known, what=f"parameter of law {self.law!r}")
+            one_of(k.partition("[")[0], form.parameters, what=f"parameter of law {self.law!r}")
             if not np.isfinite(np.asarray(v, float)).all(): raise DataError(f"law {self.law!r}: expected finite numbers for {k}, found {v!r}.")
         for k in self.range: one_of(k.partition("[")[0], form.data, what=f"variable of law {self.law!r}")
     @property
@@ -35,9 +35,12 @@ class StatedLaw:
         form = law_forms[self.law]
         return compile_law(form, {v: len(self.params[p]) for p, v in form.vectors.items() if np.ndim(self.params[p])})
     @property
-    def names(self): return self._compiled.names
+    def names(self):
+        "Flat names of the parameters."
+        return self._compiled.names
     @property
     def flat(self):
+        "The parameters as one vector."
         form = law_forms[self.law]; have = {**form.fixed, **self.params}
         if miss := [n for n in self.names if n not in have and n.partition("[")[0] not in have]: raise DataError(f"law {self.law!r}: expected values of {', '.join(self.names)}; {', '.join(miss)} missing.")
         return flat_params(form, self._compiled, have)
@@ -50,7 +53,7 @@ def values(self:StatedLaw,
 )->np.ndarray: # (b, n) losses
     "The formula at the parameter vectors `theta`."
     known = law_forms[self.law].data
-    if wrong := [v for v in (*data, *known) if v not in known or v not in data]: raise DataError(f"law {self.law!r}: expected the variables {', '.join(known)}, found {', '.join(data)}.")
+    if set(data) != set(known): raise DataError(f"law {self.law!r}: expected the variables {', '.join(known)}, found {', '.join(data)}.")
     c = self._compiled; T = self.flat[None] if theta is None else np.atleast_2d(theta)
     return c.fn(c.search(T), law_arrays(c, data))[0]
 

@@ -27,6 +27,10 @@ def _decision(ax, x, y, c, lo=np.nan, hi=np.nan):
     if np.isfinite(lo) and np.isfinite(hi): ax.plot([lo, hi], [y, y], color=c, lw=4, alpha=.55, solid_capstyle="butt")
     ax.plot(x, y, "*", ms=12, color=c, mec=_theme(ax).card, mew=.8, zorder=5)
 
+def _valley(ax, curve, row, x, c, label): # loss along the choice x with its band, and the decision
+    _band(ax, curve[x], c, curve["loss_lo"], curve["loss_hi"]); ax.plot(curve[x], curve["loss"], color=c, lw=1.8, label=label)
+    _decision(ax, row[x], row["loss"], c, row[f"{x}_lo"], row[f"{x}_hi"])
+
 def _plot_size(
     plan, # Plan of the kind "size"
     ax=None, # Axes to draw on
@@ -35,9 +39,8 @@ def _plot_size(
     "Loss against size at each budget of `plan`, with the best size, its interval and the factor-two band."
     ax = _axes(ax)
     for i, (_, r) in enumerate(_of_kind(plan, "size").table.iterrows()):
-        c, g = _PALETTE[i % len(_PALETTE)], plan.curves[plan.curves["flops"] == r["flops"]]
-        ax.axvspan(r["n_params"]/2, 2*r["n_params"], color=c, alpha=.07, lw=0); _band(ax, g["n_params"], c, g["loss_lo"], g["loss_hi"])
-        ax.plot(g["n_params"], g["loss"], color=c, lw=1.8, label=f"{r['flops']:.3g} FLOPs"); _decision(ax, r["n_params"], r["loss"], c, r["n_params_lo"], r["n_params_hi"])
+        c = _PALETTE[i % len(_PALETTE)]; ax.axvspan(r["n_params"]/2, 2*r["n_params"], color=c, alpha=.07, lw=0)
+        _valley(ax, plan.curves[plan.curves["flops"] == r["flops"]], r, "n_params", c, f"{r['flops']:.3g} FLOPs")
     _log_axis(ax.xaxis, plan.curves["n_params"]); _legend(ax, loc="upper right")
     return _dress(ax, "parameters", _LOSS, title, grid="y")
 
@@ -58,8 +61,8 @@ def plot_fraction(
         _log_axis(ax.xaxis, S); _legend(ax, loc="best"); ax.set_ylim(0, None)
         return _dress(ax, "tokens per byte S", "share of tokens in QAT", title, grid="both")
     for i, (_, r) in enumerate(t.iterrows()):
-        c, g = _PALETTE[i % len(_PALETTE)], plan.curves[(plan.curves["bits"] == r["bits"]) & (plan.curves["n_params"] == r["n_params"]) & (plan.curves["tokens"] == r["tokens"])]
-        _band(ax, g["fraction"], c, g["loss_lo"], g["loss_hi"]); ax.plot(g["fraction"], g["loss"], color=c, lw=1.8, label=label(r)); _decision(ax, r["fraction"], r["loss"], c, r["fraction_lo"], r["fraction_hi"])
+        g = plan.curves[(plan.curves["bits"] == r["bits"]) & (plan.curves["n_params"] == r["n_params"]) & (plan.curves["tokens"] == r["tokens"])]
+        _valley(ax, g, r, "fraction", _PALETTE[i % len(_PALETTE)], label(r))
     ax.set_xlim(0, 1); _legend(ax, loc="best")
     return _dress(ax, "share of tokens in QAT", _LOSS, title, grid="y")
 
@@ -73,8 +76,7 @@ def plot_split(
     "Share of specialisation against the budget; for one budget loss against the share."
     t = _of_kind(plan, "split").table; ax = _axes(ax); c, ink = _PALETTE[0], _theme(ax).muted
     if len(t) == 1:
-        r, g = t.iloc[0], plan.curves
-        _band(ax, g["share"], c, g["loss_lo"], g["loss_hi"]); ax.plot(g["share"], g["loss"], color=c, lw=1.8, label=f"{_count(r['tokens'])} tokens"); _decision(ax, r["share"], r["loss"], c, r["share_lo"], r["share_hi"])
+        r = t.iloc[0]; _valley(ax, plan.curves, r, "share", c, f"{_count(r['tokens'])} tokens")
         ax.axhline(r["generalist"], color=ink, lw=1, ls="--", label="one generalist"); ax.set_xlim(0, 1); _legend(ax, loc="best")
         return _dress(ax, "share of tokens for specialists", _LOSS, title, grid="y")
     if "laws_lo" in t: ax.vlines(t["tokens"], t["laws_lo"], t["laws_hi"], color=_PALETTE[1], lw=5, alpha=.5, label="range over the rivals")

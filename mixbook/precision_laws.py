@@ -82,7 +82,7 @@ def critical_tokens(
 def _params(law, name): # of a fitted law or a mapping; refuses another form
     if (got := getattr(law, "law", name)) != name: raise DataError(f"expected a law of the form {name!r}, found {got!r}. Fit that form, or pass its parameters.")
     p = {**law_forms[name].fixed, **(law.params if hasattr(law, "params") else law)}
-    if miss := [k for k in law_forms[name].formula.__code__.co_varnames[:law_forms[name].formula.__code__.co_argcount] if k not in p and k not in law_forms[name].data]:
+    if miss := [k for k in law_forms[name].parameters if k not in p]:
         raise DataError(f"expected the parameters of {name!r}; {', '.join(miss)} missing.")
     return p
 

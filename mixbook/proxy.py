@@ -40,10 +40,11 @@ def schedule_at(
 # %% ../nbs/03_proxy.ipynb #1c696495
 def flatten(
     model:torch.nn.Module, # Decoder, one or stacked
-)->tuple[torch.Tensor, torch.Tensor]: # (models, n) parameters and gradients, of which the model's own are views from now on
-    "Move all parameters of `model` into one buffer, and their gradients into another."
+    spare:int=0, # Further entries behind the model's own, zero
+)->tuple[torch.Tensor, torch.Tensor]: # (models, n + spare) parameters and gradients, of which the model's own are views from now on
+    "Move all parameters of `model` into one buffer, and their gradients into another, with `spare` room behind them."
     ps, M = list(model.parameters()), getattr(model, "models", None) or 1
-    flat = torch.cat([p.detach().reshape(M, -1) for p in ps], 1)
+    flat = torch.cat([*(p.detach().reshape(M, -1) for p in ps), ps[0].new_zeros(M, spare)], 1)
     grad, at = torch.zeros_like(flat), 0
     for p in ps:
         n = p.numel()//M
@@ -158,7 +159,7 @@ class _Training:
         self.streams = [Stream(corpus, w, seq_len=config.seq_len, batch=config.batch, seed=s, unique_tokens=self.unique) for w, s in zip(mixtures, seeds)]
         self.ids = [proxy_run_id(corpus, s.weights, c, sd, unique_tokens) for s, c, sd in zip(self.streams, self.configs, seeds)]
         self.model = Decoder(config, None if self.M == 1 else self.M, self.seeds).to(self.device)
-        self.flat, self.grad = flatten(self.model)
+        self.flat, self.grad = flatten(self.model, self.spare())
         self.m, self.v = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         self.lr = torch.tensor([[c.peak_lr] for c in self.configs], device=self.device)
         self.bad = torch.full((self.M,), -1, device=self.device)  # first step with a loss that is no number
@@ -168,6 +169,7 @@ class _Training:
         self.heldout = heldout_batches(corpus, seq_len=config.seq_len, n_windows=config.eval_windows)
         self.out = np.empty((self.M, config.batch, config.seq_len + 1), np.int64)
     def advance(self): return _advance(self)
+    def spare(self): return 0  # entries behind the weights
     def use(self, dtype): self.dtype, self.gradients = dtype, gradients(self.model, self.config.batch, self.config.seq_len, dtype)
 
 # %% ../nbs/03_proxy.ipynb #785c6356
@@ -181,6 +183,10 @@ def _advance(t):
     "One training step of all models."
     loss = t.gradients(_batch(t))
     norm = adamw(t.flat, t.grad, t.m, t.v, t.lr*schedule_at(t.config, t.step), t.step, t.config)
+    return _stepped(t, loss, norm)
+
+def _stepped(t, loss, norm):
+    "Note the models whose loss or gradient is no number, and count the step."
     broken = (t.bad < 0) & ~(torch.isfinite(loss) & torch.isfinite(norm))
     t.bad = torch.where(broken, torch.full_like(t.bad, t.step), t.bad)
     t.step += 1

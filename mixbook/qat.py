@@ -17,8 +17,8 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .core import DataError, Record, one_of, run_id
 from .decoder import Decoder, ProxyConfig, gradients
-from .proxy import Proxy, _results, _rows, _run, _Training, adamw, proxy_run_id
-from .quant import SCALE_FLOOR, QATConfig, fake_quantize, initial_scale, pick_quantizer, quantize_grads
+from .proxy import Proxy, _batch, _results, _rows, _run, _stepped, _Training, adamw, one_thread, proxy_run_id
+from .quant import SCALE_FLOOR, QATConfig, fake_quantize, initial_scale, quantize_grads
 
 # %% ../nbs/10b_qat.ipynb #97a94d9e
 @dataclasses.dataclass(frozen=True)
@@ -126,23 +126,13 @@ class _QATTraining(_Training):
         self.schedule, self.qat = schedule, qat
         super().__init__(corpus, mixtures, config, seeds, lrs, device, None, evals, dtype)
         self.ids = [qat_run_id(i, schedule, qat) for i in self.ids]
-    def use(self, dtype):
-        if not hasattr(self, "n_weights"): self._grow()
-        self.dtype, self.gradients = dtype, QATStep(self, self.qat, dtype)
-    def _grow(self): # room for the scales behind the weights
-        self.n_weights = n = self.flat.shape[1]; M = self.M
-        k = sum((p.shape[-2] if self.qat.per == "row" else 1) for p, *_ in _parts(self.model, self.qat)); at = 0
-        self.flat, self.grad = (torch.cat([a, torch.zeros(M, k, device=a.device)], 1) for a in (self.flat, self.grad))
-        for p in self.model.parameters():
-            m = p.numel()//M; p.data, p.grad = self.flat[:, at:at + m].view(p.shape), self.grad[:, at:at + m].view(p.shape); at += m
-        self.m, self.v = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+    def use(self, dtype): self.dtype, self.gradients = dtype, QATStep(self, self.qat, dtype)
+    def spare(self): return sum((p.shape[-2] if self.qat.per == "row" else 1) for p, *_ in _parts(self.model, self.qat))  # scales stand behind the weights
+    @property
+    def n_weights(self): return sum(p.numel() for p in self.model.parameters())//self.M
     def advance(self): return _advance_qat(self)
 
 # %% ../nbs/10b_qat.ipynb #c0f0d32a
-def _batch_of(t):
-    from mixbook.proxy import _batch
-    return _batch(t)
-
 @torch.no_grad()
 def _begin(t): # scales from the weights as they are at the switch
     for w, _, _, scale, _, bits, method in t.gradients.todo:
@@ -153,13 +143,11 @@ def _advance_qat(t):
     "One training step of all models."
     s = t.schedule
     if t.step == s.switch: _begin(t)
-    loss = t.gradients(_batch_of(t)); on = s.quantised(t.step); n = t.n_weights; cut = slice(None) if on else slice(0, n)
+    loss = t.gradients(_batch(t)); on = s.quantised(t.step); n = t.n_weights; cut = slice(None) if on else slice(0, n)
     age = t.step - s.switch if on and s.state == "reset" else t.step
     norm = adamw(t.flat[:, cut], t.grad[:, cut], t.m[:, cut], t.v[:, cut], t.lr*s.rate(t.step), age, t.config, decayed=n)
     if on: t.flat[:, n:].clamp_min_(SCALE_FLOOR)
-    broken = (t.bad < 0) & ~(torch.isfinite(loss) & torch.isfinite(norm)); t.bad = torch.where(broken, torch.full_like(t.bad, t.step), t.bad)
-    t.step += 1
-    return loss
+    return _stepped(t, loss, norm)
 
 # %% ../nbs/10b_qat.ipynb #c31304b9
 def qat_run_id(
@@ -209,7 +197,6 @@ def qat_step_ratio(
     "Time a quantised training step beside one in full precision, in turn, on one thread."
     import time
     from mixbook.corpus import toy_corpus
-    from mixbook.proxy import one_thread
     corpus = corpus or toy_corpus(); even = {d: 1/len(corpus.domains) for d in corpus.domains}; ways = []
     for f in (.5, 0):
         t = _QATTraining(corpus, [even], config, qat_schedule(config, f), QATConfig(bits=bits), [0], [None], "cpu"); t.step = t.schedule.switch if f else t.config.steps//2
@@ -244,7 +231,6 @@ def train_trunk(
     long = config.replace(tokens=(n + 1)*config.batch*config.seq_len); s = QATSchedule(long.steps, long.steps, "full precision", warmup)
     t = _QATTraining(corpus, [weights], long, s, QATConfig(bits=2), [seed], [None], device); kept = {}
     from tqdm.auto import tqdm
-    from mixbook.proxy import one_thread
     with one_thread(), tqdm(total=n, desc="trunk", unit="step", disable=not progress, leave=False) as bar:
         while True:
             if t.step in todo: kept[t.step] = {k: getattr(t, k)[:, :t.n_weights].clone() for k in ("flat", "m", "v")} | {"step": t.step, "seed": seed, "warmup": warmup}
@@ -266,9 +252,9 @@ def round_to_nearest(
     qat:QATConfig, # Bits and quantiser; its scales start at least squared error
 )->dict: # Row of the runs table
     "Evaluate a trained proxy with its weights rounded, without training (round-to-nearest PTQ)."
-    c = proxy.config; t = _QATTraining(corpus, [weights], c, QATSchedule(c.steps, c.steps - 1), qat.replace(init="mse"), [proxy.row["seed"]], [None], "cpu"); at = 0
+    c = proxy.config; t = _QATTraining(corpus, [weights], c, QATSchedule(c.steps, c.steps - 1), qat.replace(init="mse"), [proxy.row["seed"]], [None], "cpu")
     with torch.no_grad():
-        for p in proxy.model.parameters(): t.flat[0, at:at + p.numel()] = p.detach().flatten().to(t.device); at += p.numel()
+        for p, q in zip(t.model.parameters(), proxy.model.parameters()): p.copy_(q)
     _begin(t); t.step = c.steps; row = next(iter(_rows(t)))
     return row | dict(run=run_id({"rtn": proxy.row["run"], "config": json.loads(qat.to_json())}), bits=float(qat.bits), qat_tokens=0, schedule="round to nearest", qat_lr=0., state="", fraction=0.)
 

@@ -11,9 +11,9 @@ __all__ = ['Validation', 'holdout_by_scale', 'leave_one_size_out', 'compare_laws
 import dataclasses, warnings
 from collections.abc import Callable, Iterable, Mapping
 import numpy as np, pandas as pd
-from .core import DataError, ExtrapolationWarning, Record, one_of
+from .core import DataError, ExtrapolationWarning, Record
 from .formula import law_arrays, law_forms, law_value
-from .laws import Law, _column, _variables, fit_law, fit_laws, loss_column, residual_scale
+from .laws import Law, _column, _finished, _variables, fit_law, loss_column, residual_scale
 
 # %% ../nbs/07a_validate.ipynb #ddd79e53
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,7 @@ def _scale(runs, by, n, d):
 def _usable(runs, by, loss, n, d, kw):
     "Rows that have a scale and a loss, and the arguments of the fit with array weights cut to them."
     if not isinstance(runs, pd.DataFrame): raise DataError(f"expected a DataFrame of runs, found {type(runs).__name__}.")
-    x = _scale(runs, by, n, d); y = _column(runs, loss_column(runs, loss), "the loss"); use = np.isfinite(x) & np.isfinite(y)
-    if "status" in runs: use &= ~runs["status"].astype(str).isin(["failed"]).to_numpy()
+    x = _scale(runs, by, n, d); y = _column(runs, loss_column(runs, loss), "the loss"); use = np.isfinite(x) & np.isfinite(y) & _finished(runs)
     w = kw.get("weights"); kw = {**kw, "weights": np.asarray(w, float)[use]} if w is not None and not isinstance(w, str) and len(w) == len(runs) else kw
     return runs[use], x[use], kw
 
