@@ -506,6 +506,7 @@ def _noise(law, level, z): # half-width of a run around the law, in quantiles z:
     p = law.n_rows - law.dof; r = np.sort(np.abs(law.residuals)*np.sqrt(law.rows["weight"]/law.rows["weight"].mean()))[min(p, law.n_rows - 1):]
     return max(residual_scale(law.residuals, p), float(np.quantile(r, level))/z)
 
+# %% ../nbs/07_laws.ipynb #bfae8f6e
 def _row_data(law): # variable -> array of the fitted rows
     levels = law.settings["levels"]
     return {v: law.rows[[f"{v}[{l}]" for l in levels[v]]].to_numpy() if v in levels else law.rows[v].to_numpy() for v in law.form.data}
