@@ -82,6 +82,7 @@ def critical_tokens(
 def _params(law, name): # of a fitted law or a mapping; refuses another form
     if (got := getattr(law, "law", name)) != name: raise DataError(f"expected a law of the form {name!r}, found {got!r}. Fit that form, or pass its parameters.")
     p = {**law_forms[name].fixed, **(law.params if hasattr(law, "params") else law)}
+    p |= {k: p[v] for k, v in {**law_forms[name].tied, **getattr(law, "settings", {}).get("tied", {})}.items() if v in p}   # a tied parameter is not listed
     if miss := [k for k in law_forms[name].parameters if k not in p]:
         raise DataError(f"expected the parameters of {name!r}; {', '.join(miss)} missing.")
     return p

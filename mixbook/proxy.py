@@ -6,11 +6,11 @@ Docs: https://mixbook.github.io/mixbook/proxy.html.md"""
 
 # %% auto #0
 __all__ = ['schedule_at', 'flatten', 'adamw', 'Proxy', 'proxy_run_id', 'one_thread', 'pick_device', 'bfloat16_speed',
-           'pick_dtype', 'train_proxy', 'step_seconds', 'choose_way', 'estimate_seconds', 'train_proxies',
-           'ProxyConfig', 'Decoder', 'count_params', 'flops_per_token']
+           'pick_dtype', 'train_proxy', 'save_proxy', 'load_proxy', 'step_seconds', 'choose_way', 'estimate_seconds',
+           'train_proxies', 'ProxyConfig', 'Decoder', 'count_params', 'flops_per_token']
 
 # %% ../nbs/03_proxy.ipynb #c8f6e317
-import dataclasses, json, time, warnings
+import dataclasses, hashlib, json, time, warnings
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 from . import __version__
-from .core import DataError, MixbookWarning, one_of, run_id, _write_bytes
+from .core import DataError, MixbookWarning, Registry, one_of, run_id, _write_bytes
 from .stream import Stream, check_mixture, heldout_batches, matched_unique_tokens
 from .decoder import Decoder, ProxyConfig, count_params, flops_per_token, gradients
 
@@ -87,6 +87,8 @@ class Proxy:
     config: ProxyConfig # As trained
     how: str = "sequential" # 'sequential' or 'stacked'
     message: str = "" # Why the run failed, else empty
+    moments: dict|None = None # The averages 'm' and 'v' of AdamW, flat in the order of the parameters; None where they were not kept
+    unique_tokens: dict|None = None # domain → most distinct tokens that it was shown; None: no limit
     def __repr__(self): return f"Proxy({self.row['run']}, {self.row['status']}, {self.row['n_params']:,} parameters, step {self.row['step']})"
     def _repr_markdown_(self):
         r = self.row
@@ -103,8 +105,9 @@ def proxy_run_id(
 )->str: # The run's identity
     "The id that training would give, without training: a hash of everything that decides the outcome."
     w = {d: round(float(v), 12) for d, v in check_mixture(weights, corpus.domains).items() if v > 0}
-    return run_id({"proxy": 1, "corpus": corpus.hash, "weights": w, "seed": int(seed), "unique_tokens": unique_tokens or None,
-                   "config": {**json.loads(json.dumps(dataclasses.asdict(config))), "shape": list(config.shape), "steps": config.steps, "lr": config.peak_lr}})
+    c, (*sizes, kv) = json.loads(json.dumps(dataclasses.asdict(config))), config.shape
+    if kv == config.depth: del c["kv_layers"]  # the ids of such models are older than sharing
+    return run_id({"proxy": 1, "corpus": corpus.hash, "weights": w, "seed": int(seed), "unique_tokens": unique_tokens or None, "config": {**c, "shape": sizes, "steps": config.steps, "lr": config.peak_lr}})
 
 # %% ../nbs/03_proxy.ipynb #87eb6215
 @contextmanager
@@ -255,6 +258,7 @@ def _restore(t, path):
     if not path.exists(): return
     try:
         with safe_open(path, "pt") as f: meta, saved = json.loads(f.metadata()["mixbook"]), {k: f.get_tensor(k) for k in f.keys()}
+        meta["ids"], meta["step"]
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as e:
         raise DataError(f"expected a checkpoint of this run at {path}, found a damaged or foreign file ({type(e).__name__}: {e}). Delete it; training will start anew.") from e
     if meta["ids"] != t.ids: raise DataError(f"the checkpoint {path} belongs to run {', '.join(meta['ids'])}, expected {', '.join(t.ids)}: corpus, mixture, seed or config differ. Give this run another path, or delete the file.")
@@ -264,8 +268,9 @@ def _restore(t, path):
     if meta["dtype"] != str(t.dtype): t.use(getattr(torch, meta["dtype"].removeprefix("torch.")))
 
 # %% ../nbs/03_proxy.ipynb #1c6d5f9e
-def _results(t, how):
-    "The `Proxy` of each model of a finished training."
+def _results(t, how, moments=False):
+    "The `Proxy` of each model of a finished training, with its `moments` when asked for."
+    n = sum(p.numel() for p in t.model.parameters())//t.M
     for m, (c, bad) in enumerate(zip(t.configs, t.bad.tolist())):
         message = f"the loss became NaN or infinite at step {bad} of {c.steps}; try a smaller `lr` than {c.peak_lr:.3g}" if bad >= 0 else ""
         if message: warnings.warn(f"run {t.ids[m]}: {message}.", MixbookWarning, stacklevel=3)
@@ -273,7 +278,8 @@ def _results(t, how):
         for p, q in zip(model.parameters(), t.model.parameters()): p.data.copy_(q.data if t.M == 1 else q.data[m])
         rows = [r[m] for r in t.rows]
         for r in rows[:-1]: r["status"] = "failed" if bad >= 0 else r["status"]
-        yield Proxy(rows[-1] | {"seconds": t.seconds/t.M}, pd.DataFrame(rows), model, c, how, message)
+        kept = {k: getattr(t, k)[m, :n].clone() for k in ("m", "v")} if moments else None
+        yield Proxy(rows[-1] | {"seconds": t.seconds/t.M}, pd.DataFrame(rows), model, c, how, message, kept, t.unique)
 
 # %% ../nbs/03_proxy.ipynb #da9fd06a
 def train_proxy(
@@ -292,7 +298,71 @@ def train_proxy(
 )->Proxy: # Row, curve and model
     "Train one proxy on the mixture `weights`; a diverged run comes back with status 'failed'."
     t = _Training(corpus, [weights], config, [seed], [None], device, unique_tokens, evals, dtype)
-    return next(_results(_run(t, checkpoint, save_seconds, progress), "sequential"))
+    return next(_results(_run(t, checkpoint, save_seconds, progress), "sequential", moments=True))
+
+# %% ../nbs/03_proxy.ipynb #a5a72b0f
+_makers = Registry("kind of model")  # changes a fresh decoder into one that can take the tensors of a file
+_makers.register("quantised", "mixbook.qat:_quantised_layers")
+
+def _digest(tensors, text=""):
+    "Hash of `text` and of names, shapes and bytes of `tensors`."
+    h = hashlib.blake2b(text.encode(), digest_size=8)
+    for k, x in sorted(tensors.items()):
+        h.update(repr((k, tuple(x.shape), str(x.dtype))).encode())
+        h.update(x.contiguous().view(torch.uint8).numpy())
+    return h.hexdigest()
+
+def _check_numbers(tensors, where):
+    "Raise `DataError` where a tensor holds anything but numbers."
+    for k, x in tensors.items():
+        bad = int((~torch.isfinite(x)).sum())
+        if bad: raise DataError(f"expected finite numbers, found {bad} of {x.numel()} NaN or infinite in {k!r} of {where}. Did the training diverge? Train again with a smaller `lr`, or take an earlier checkpoint.")
+
+# %% ../nbs/03_proxy.ipynb #114ce815
+def save_proxy(
+    proxy:Proxy, # Trained proxy
+    path:str|Path, # Destination, '.safetensors'
+)->Path: # `path`
+    "Write weights, config, row, curve and moments of `proxy` to one file, atomically; raises `DataError` on weights that are no numbers."
+    if list(proxy.model.buffers()): raise DataError("expected a model that can be trained, found frozen codes. Write those by `finalize_qat(model).save(path)`.")
+    tensors = {f"weights/{n}": p.detach().cpu().contiguous() for n, p in proxy.model.named_parameters()} | {f"moments/{k}": x.cpu() for k, x in (proxy.moments or {}).items()}
+    _check_numbers(tensors, repr(proxy))
+    layers = {n: list(m.quantizer) for n, m in proxy.model.named_modules() if hasattr(m, "quantizer")}
+    about = dict(proxy=1, config=json.loads(proxy.config.to_json()), row=proxy.row, curve=proxy.curve.to_dict("records"), how=proxy.how, message=proxy.message,
+                 unique_tokens=proxy.unique_tokens, layers=layers, code=__version__)
+    text = json.dumps(about, default=lambda o: o.item())
+    _write_bytes(path, save(tensors, {"mixbook": text, "hash": _digest(tensors, text)}))
+    return Path(path)
+
+# %% ../nbs/03_proxy.ipynb #72f5832a
+_OTHER_FILES = {"quantized": "codes: read them by `QuantizedModel.load`", "adapters": "adapters: read them by `load_adapters`", "ids": "a run that is not finished: the call that wrote it goes on from it"}
+
+def _read_proxy(path):
+    "What `save_proxy` wrote: metadata and tensors."
+    say = f"expected a model written by `save_proxy` at {path}, found"
+    try:
+        with safe_open(path, "pt") as f: said, tensors = f.metadata() or {}, {k: f.get_tensor(k).clone() for k in f.keys()}  # copies: a file that is written over would take the memory away
+        meta = json.loads(said.get("mixbook", "{}"))
+    except (SafetensorError, ValueError, TypeError, OSError) as e: raise DataError(f"{say} {'no such file' if isinstance(e, FileNotFoundError) else f'a damaged file or none of safetensors ({type(e).__name__}: {e})'}. Check the path, or write it again.") from e
+    if "proxy" not in meta: raise DataError(f"{say} {next((v for k, v in _OTHER_FILES.items() if k in meta), 'weights of another program')}. Make one with `save_proxy` or `mixbook train`.")
+    if meta["proxy"] != 1: raise DataError(f"{say} format {meta['proxy']!r}. Read it with a newer mixbook.")
+    if _digest(tensors, said["mixbook"]) != said.get("hash"): raise DataError(f"{say} a damaged file: its content does not have the hash that was written with it. Write it again.")
+    _check_numbers(tensors, str(path))
+    return meta, tensors
+
+def load_proxy(
+    path:str|Path, # File of `save_proxy`
+)->Proxy: # As it was saved, on the CPU
+    "Read a proxy back; raises `DataError` when the file is damaged, of another program, or holds weights that are no numbers."
+    meta, tensors = _read_proxy(path)
+    config = ProxyConfig.from_json(json.dumps(meta["config"])); model = Decoder(config)
+    if meta["layers"]: _makers["quantised"](model, meta["layers"])
+    own, have = dict(model.named_parameters()), {k.removeprefix("weights/"): x for k, x in tensors.items() if k.startswith("weights/")}
+    wrong = sorted(own.keys() ^ have.keys()) or [n for n, p in own.items() if p.shape != have[n].shape]
+    if wrong: raise DataError(f"expected weights of {tuple(config.shape)} in {path}, found others, the first is {wrong[0]!r}: config and weights do not belong together.")
+    for n, p in own.items(): p.data.copy_(have[n])
+    moments = {k.removeprefix("moments/"): x for k, x in tensors.items() if k.startswith("moments/")}
+    return Proxy(meta["row"], pd.DataFrame(meta["curve"]), model, config, meta["how"], meta["message"], moments or None, meta["unique_tokens"])
 
 # %% ../nbs/03_proxy.ipynb #9d69e25f
 def step_seconds(

@@ -7,7 +7,7 @@ Docs: https://mixbook.github.io/mixbook/study.html.md"""
 # %% auto #0
 __all__ = ['TRAINERS', 'Study', 'full_targets', 'start_study', 'open_study', 'study_budget', 'proxy_config', 'sweep_study',
            'study_runs', 'heldout_predictions', 'fit_study', 'study_surrogate', 'propose_study', 'rivals',
-           'confirm_study', 'confirmed_runs', 'study_comparison']
+           'confirm_study', 'confirmed_runs', 'study_comparison', 'train_study']
 
 # %% ../nbs/12a_study.ipynb #4c1708be
 import json, warnings
@@ -243,3 +243,43 @@ def study_comparison(
     runs = confirmed_runs(study) if runs is None else runs
     rows = [compare_recipes(runs[runs["recipe"].isin(["recipe", r])], baseline=r, targets=study.targets) for r in runs["recipe"].unique() if r != "recipe"]
     return pd.concat(rows, ignore_index=True)
+
+# %% ../nbs/12a_study.ipynb #d6ca1ec6
+def _named_mixture(study, corpus, name):
+    "Shares of a mixture by name; natural and uniform need no recipe."
+    if name == "natural": return corpus.natural
+    if name == "uniform": return pd.Series(1/len(corpus.domains), index=list(corpus.domains))
+    if name != "recipe" and not (study.path/"rivals.json").exists(): one_of(name, ["recipe", "natural", "uniform"], what="mixture")
+    known = rivals(study)
+    return known[one_of(name, known, what="mixture")]
+
+def _saved_model(out, run): # the model at `out`, if it is this run
+    from mixbook.proxy import load_proxy
+    if not out.exists(): return None
+    there = load_proxy(out)
+    if there.row["run"] != run: raise DataError(f"{out} holds another model (run {there.row['run']}, this one is {run}). Choose another file, or delete it.")
+    return there
+
+def train_study(
+    study:Study, # Settings
+    out:str|Path, # File to write, '.safetensors'
+    *,
+    mixture:str="recipe", # 'recipe', 'natural', 'uniform' or 'best of swarm'
+    depth:int|None=None, # Depth of the model; None: as in the confirmation
+    tokens:int|None=None, # Training tokens; None: as in the confirmation
+    seed:int=0, # Initial weights and data order
+    dry:bool=False, # Say what it would cost, and stop
+    progress:bool=True, # Show a bar
+): # `Proxy`, or a frame with the cost when `dry`
+    "Train one model on the recipe of `study` and save it to `out`; goes on where it was stopped."
+    from mixbook.corpus import open_corpus
+    from mixbook.proxy import estimate_seconds, flops_per_token, proxy_run_id, save_proxy, train_proxy
+    corpus, out, given = open_corpus(study.corpus), Path(out), {k: v for k, v in dict(depth=depth, tokens=tokens).items() if v is not None}
+    if out.suffix != ".safetensors": raise DataError(f"expected a file that ends in .safetensors, found {str(out)!r}.")
+    weights, config = _named_mixture(study, corpus, mixture), proxy_config(study, confirm=True).replace(**given)
+    if dry: return pd.DataFrame([{"mixture": mixture, "n_params": config.n_params, "tokens": config.train_tokens, "flops": float(config.train_tokens*flops_per_token(config)), "minutes": estimate_seconds(config, corpus)/60}])
+    if (there := _saved_model(out, proxy_run_id(corpus, weights, config, seed))) is not None: return there
+    part = out.with_name(out.name + ".part")
+    proxy = train_proxy(corpus, weights, config, seed=seed, checkpoint=part, progress=progress)
+    save_proxy(proxy, out); part.unlink(missing_ok=True)
+    return proxy

@@ -119,3 +119,88 @@ def test_help_of_every_verb(capsys):
         with pytest.raises(SystemExit) as e: main([v, "--help"])
         assert e.value.code == 0
     assert main(["--help"]) == 0
+
+
+# ---------------------------------------------------------------- from a study to codes
+
+@pytest.fixture(scope="module")
+def model(study, tmp_path_factory):
+    file = tmp_path_factory.mktemp("model")/"model.safetensors"
+    assert main(["train", str(study), str(file), "--tokens", "60000"]) == 0
+    return file
+
+
+def test_train_saves_the_model_of_the_recipe(study, model, capsys):
+    from mixbook.proxy import load_proxy
+    from mixbook.study import open_study, rivals
+    p = load_proxy(model)
+    assert p.row["tokens"] == 60000//512*512 and p.config.depth == 2 and {k[2:]: v for k, v in p.row.items() if k.startswith("w/")} == pytest.approx(dict(rivals(open_study(study))["recipe"]))
+    assert main(["train", str(study), str(model), "--tokens", "60000"]) == 0 and load_proxy(model).row["created"] == p.row["created"]  # read, not trained again
+    assert [f.name for f in model.parent.iterdir()] == ["model.safetensors"] and "held-out loss" in capsys.readouterr().out
+    for argv, part in ((["--mixture", "recip"], "did you mean 'recipe'"), (["--tokens", "61000"], "holds another model"), (["--depth", "0"], "depth")):
+        assert main(["train", str(study), str(model), *argv]) == 2
+        err = capsys.readouterr().err
+        assert part in err and err.count("\n") == 1
+    assert main(["train", str(study), str(model.with_name("m.bin"))]) == 2 and ".safetensors" in capsys.readouterr().err
+    assert main(["train", str(study), str(model.with_name("m.safetensors")), "--dry", "--mixture", "natural"]) == 0
+    assert "minutes" in capsys.readouterr().out and not model.with_name("m.safetensors").exists()
+
+
+def test_qat_from_the_shell(study, model, tmp_path, capsys):
+    from mixbook.qat import QATResult
+    out = tmp_path/"two"; argv = ["qat", str(model), str(study), str(out), "--fraction", ".4", "--control"]
+    assert main([*argv, "--dry"]) == 0
+    said = capsys.readouterr().out
+    assert not out.exists() and "40." in said and "minutes" in said and "embedding" in said and "formula" in said
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    r = QATResult.load(out)
+    assert {p.name for p in out.iterdir()} == {"codes.safetensors", "model.safetensors", "runs", "stage.json"} and len(r.rows) == 4 and r.stage.by == "fraction"
+    mean = r.table["mean"]
+    assert mean.iloc[2] < mean.iloc[1] and all(n in said for n in r.table.index) and f"{mean.iloc[2]:.4f}" in said
+    written = (out/"stage.json").stat().st_mtime_ns
+    assert main(argv) == 0 and capsys.readouterr().out.splitlines()[-1] == said.splitlines()[-1] and (out/"stage.json").stat().st_mtime_ns == written  # nothing is trained twice
+    assert main([*argv, "--bits", "4"]) == 2 and "holds another run" in capsys.readouterr().err
+    assert main(["qat", str(model), str(study/"corpus"), str(tmp_path/"t"), "--tokens", "4096", "--bits", "1.58"]) == 0  # the corpus itself
+
+
+def test_qat_goes_on_where_it_was_stopped(study, model, tmp_path, monkeypatch, capsys):
+    import functools, mixbook.qat as mq
+    from mixbook.quant import QuantizedModel
+    whole, killed, real, often = tmp_path/"whole", tmp_path/"killed", mq._advance_qat, functools.partial(mq.continue_qat, save_seconds=0)
+    argv = lambda out: ["qat", str(model), str(study), str(out), "--tokens", "4096"]
+    assert main(argv(whole)) == 0
+    steps = []
+    def advance(t):
+        if (killed/"training.safetensors").exists() and t.step == 121: raise KeyboardInterrupt
+        steps.append(t.step)
+        return real(t)
+    monkeypatch.setattr(mq, "continue_qat", often); monkeypatch.setattr(mq, "_advance_qat", advance)
+    assert main(argv(killed)) == 130 and (killed/"training.safetensors").exists() and not (killed/"codes.safetensors").exists()
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(mq, "_advance_qat", lambda t: steps.append(t.step) or real(t)); steps.clear()
+    assert main(argv(killed)) == 0 and 120 not in steps[7:]  # a probe of six steps, then the rest
+    assert QuantizedModel.load(killed/"codes.safetensors").hash == QuantizedModel.load(whole/"codes.safetensors").hash
+
+
+def test_qat_says_what_is_wrong_in_one_line(study, model, tmp_path, capsys):
+    from mixbook.proxy import load_proxy, save_proxy
+    damaged, foreign, out = tmp_path/"d.safetensors", tmp_path/"f.safetensors", str(tmp_path/"out")
+    damaged.write_bytes(model.read_bytes()[:-100])
+    from safetensors.torch import save_file
+    import torch
+    save_file({"model.embed_tokens.weight": torch.ones(4, 4)}, foreign)
+    other = toy_corpus(tmp_path/"other", seed=5)
+    file = tmp_path/"a.file"; file.write_text("x")
+    for argv, part in (([str(tmp_path/"none"), str(study), out], "no such file"), ([str(damaged), str(study), out], "damaged"), ([str(foreign), str(study), out], "weights of another program"),
+                       ([str(model), str(tmp_path), out], "manifest.json"), ([str(model), str(other.path), out], "that the checkpoint was trained on"), ([str(model), str(study), str(file)], "found the file"),
+                       ([str(model), str(study), out, "--bits", "16"], "expected bits"), ([str(model), str(study), out, "--method", "sqe"], "did you mean 'seq'"), ([str(model), str(study), out, "--kind", "fusd"], "did you mean 'fused'"),
+                       ([str(model), str(study), out, "--fraction", "1.5"], "between 0 and 1"), ([str(model), str(study), out, "--tokens", "9", "--fraction", ".1"], "found both"), ([str(model), str(study), out, "--per", "col"], "row, tensor")):
+        assert main(["qat", *argv]) == 2, argv
+        err = capsys.readouterr().err
+        assert part in err and err.count("\n") == 1 and "Traceback" not in err, (argv, err)
+    assert not (tmp_path/"out").exists()
+    assert main(["qta"]) == 2 and "did you mean 'qat'" in capsys.readouterr().err
+    assert main(["plan", "published", "--bits", "2,4", "--flops", "1e20", "--memory", "5e8", "--embedding", "2e8"]) == 0
+    said = capsys.readouterr().out
+    assert "1.8e+09" in said and "embeddings at max(4, bits)" in said

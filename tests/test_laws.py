@@ -288,3 +288,37 @@ def test_a_law_is_compared_with_itself_held(runs):
     from mixbook.validate import compare_laws
     t = compare_laws(runs, {"free": dict(law="chinchilla"), "held": dict(law="chinchilla", fixed=dict(E=1.8)), "chinchilla-tied": {}})
     assert set(t.law) == {"free", "held", "chinchilla-tied"} and t.set_index("law").free["held"] == 4
+
+
+# ---------------------------------------------------------------- when to start QAT
+
+FP_QAT = dict(E=2., A=400., B=2000., alpha=.34, beta=.37, theta=.3, kappa=1., phi=6., chi=.6, psi=.15, omega=.4, lam=20., mu=.7, nu=.2, xi=.4, rho=.05)
+FP_QAT_GRID = grid(n_params=[1e8, 2e8, 4e8, 8e8], tokens=[2e9, 8e9, 3e10, 1e11], bits=[1, 2, 4, 6], f=[.02, .1, .25, .5, .75, .95]).assign(qat_tokens=lambda d: d.f*d.tokens).drop(columns="f")
+
+@pytest.mark.parametrize("omega, noise", [(.4, .002), (.4, .005), (.6, .002), (.6, .005)])
+def test_the_best_fraction_is_found_from_noisy_rows(omega, noise):
+    "384 rows: loss at three times the largest size within 1 %, best fraction within 0.05, and it rises or falls with the budget as planted (omega below or above xi + rho)."
+    from mixbook.precision_laws import qat_fraction
+    truth = {**FP_QAT, "omega": omega}; law = fit_law(planted_runs("fp-qat", truth, FP_QAT_GRID, noise=noise, seed=3), "fp-qat")
+    held = pd.DataFrame([dict(n_params=2.4e9, tokens=D, bits=b, qat_tokens=f*D) for D in (1e10, 1e11) for b in (2, 4) for f in (.1, .3, .6)])
+    assert np.abs(law.predict(held)["mean"]/at("fp-qat", truth, held) - 1).max() < .01
+    budgets = np.array([8e9, 3e10, 1e11]); found, want = (qat_fraction(p, 4e8, budgets, 4) for p in (law, truth))
+    assert np.abs(found - want).max() < .05 and (np.sign(np.diff(found)) == (1 if omega < .45 else -1)).all() and (np.sign(np.diff(want)) == np.sign(np.diff(found))).all()
+
+def test_a_tied_law_has_a_best_fraction():
+    from mixbook.precision_laws import qat_fraction
+    from mixbook.qat_budget import allocate_qat
+    truth = {**FP_QAT, "nu": FP_QAT["psi"], "beta": FP_QAT["alpha"]}
+    law = fit_law(planted_runs("fp-qat", truth, FP_QAT_GRID, noise=.001, seed=0), "fp-qat", tied={"nu": "psi", "beta": "alpha"}); assert "nu" not in law.params
+    assert qat_fraction(law, 4e8, [1e10, 1e11], 4) == pytest.approx(qat_fraction(truth, 4e8, [1e10, 1e11], 4), abs=.05)
+    plan = allocate_qat(tokens=1e11, n_params=4e8, bits=4, law=law, draws=50); assert plan.table["fraction"][0] == pytest.approx(float(qat_fraction(law, 4e8, 1e11, 4)), abs=1e-4)
+
+def test_the_published_fraction_everywhere():
+    from mixbook.qat_budget import fraction_after, optimal_fraction, weight_bytes
+    S = np.geomspace(1.02, 1e12, 4000); f = optimal_fraction(S); assert (np.diff(f) > 0).all() and (f > 0).all() and (f < 1).all()
+    g = fraction_after(S, 4., 2.); assert (np.diff(g) >= 0).all() and np.abs(g - optimal_fraction(S/(1 - g))).max() < 1e-9
+    for bad in (1., .3, 0., -1., np.nan, np.inf):
+        with pytest.raises(DataError): optimal_fraction(bad)
+        with pytest.raises(DataError): fraction_after(bad, 4., 2.)
+    assert weight_bytes(10, 2, 4) == (6*2 + 4*4)/8 and weight_bytes(10, 8, 4) == 10
+    with pytest.raises(DataError, match="embedding"): weight_bytes(10, 2, -1)

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from mixbook.core import DataError, check_runs
 from mixbook.decoder import AutogradStep, Decoder, HandStep, Linear, ProxyConfig, count_params, flops_per_token
 from mixbook import proxy as proxy_module
-from mixbook.proxy import adamw, choose_way, estimate_seconds, flatten, one_thread, pick_dtype, proxy_run_id, schedule_at, train_proxies, train_proxy
+from mixbook.proxy import adamw, choose_way, estimate_seconds, flatten, one_thread, pick_dtype, load_proxy, proxy_run_id, save_proxy, schedule_at, train_proxies, train_proxy
 
 pytestmark = pytest.mark.filterwarnings("ignore::mixbook.core.MixbookWarning")
 
@@ -245,3 +245,60 @@ def test_killed_twenty_times_ends_with_the_same_bits(tmp_path):
     assert same(whole, train(config=config, checkpoint=file))
     with safe_open(file, "pt") as f: assert json.loads(f.metadata()["mixbook"])["step"] == 150
     assert list(tmp_path.iterdir()) == [file]
+
+
+# ---------------------------------------------------------------- a file that stands alone
+
+def test_a_saved_proxy_is_the_proxy(tmp_path):
+    for p in (train(evals=3), train(config=TINY.replace(target_tokens=4*TINY.train_tokens, depth=2)), train_proxies(CORPUS, [MIX, {"a": 1.}], TINY, how="stacked", progress=False)[1]):
+        q = load_proxy(save_proxy(p, tmp_path/"p.safetensors"))
+        assert same(p, q) and (q.row, q.config, q.how, q.message, q.unique_tokens) == (p.row, p.config, p.how, p.message, p.unique_tokens)
+        pd.testing.assert_frame_equal(q.curve, p.curve)
+        assert (p.moments is None) == (q.moments is None) and all(torch.equal(p.moments[k], q.moments[k]) and p.moments[k].shape == (p.config.n_params,) for k in p.moments or {})
+        x = torch.randint(0, 64, (2, 9))
+        with torch.no_grad(): assert torch.equal(p.model(x), q.model(x))
+    assert list(tmp_path.iterdir()) == [tmp_path/"p.safetensors"]
+    (tmp_path/"p.safetensors").write_bytes(b"")  # what was read does not live in the file
+    assert torch.isfinite(q.model.embed.weight).all()
+
+
+def test_saved_proxies_that_are_refused(tmp_path):
+    from safetensors.torch import save_file
+    file, p, rng = tmp_path/"p.safetensors", train(), random.Random(0)
+    whole = save_proxy(p, file).read_bytes()
+    for n in [0, 1, 8, 100, *(rng.randrange(len(whole)) for _ in range(8)), len(whole) - 1]:
+        file.write_bytes(whole[:n])
+        with pytest.raises(DataError, match="damaged"): load_proxy(file)
+    for at in (9, 60, 300, len(whole)//2, len(whole) - 3):  # one flipped bit in the header, the row or a tensor
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
+        with pytest.raises(DataError): load_proxy(file)
+    with pytest.raises(DataError, match="no such file"): load_proxy(tmp_path/"absent")
+    with pytest.raises(DataError, match="damaged"): load_proxy(tmp_path)
+    for meta, said in ((None, "weights of another program"), ({"format": "pt"}, "weights of another program"), ({"mixbook": '{"quantized": 1}'}, "QuantizedModel.load"), ({"mixbook": "{]"}, "damaged"), ({"mixbook": '{"proxy": 9}'}, "newer mixbook")):
+        save_file({"a": torch.ones(2)}, file, meta)
+        with pytest.raises(DataError, match=said): load_proxy(file)
+    train(checkpoint=tmp_path/"run.safetensors")
+    with pytest.raises(DataError, match="not finished"): load_proxy(tmp_path/"run.safetensors")
+    save_proxy(p, file)
+    with pytest.raises(DataError, match="Delete it"): train(checkpoint=file)  # nor is it the checkpoint of a run
+
+
+def test_a_proxy_that_diverged_or_does_not_fit_is_not_saved(tmp_path):
+    p = train()
+    file = save_proxy(p, tmp_path/"p.safetensors"); before = file.read_bytes()
+    bad = load_proxy(file); bad.model.embed.weight.data[1, 1] = float("inf")
+    with pytest.raises(DataError, match="1 of .* NaN or infinite in 'weights/embed.weight'"): save_proxy(bad, file)
+    lone = train(config=TINY.replace(lr=1e30))
+    with pytest.raises(DataError, match="Did the training diverge"): save_proxy(lone, file)
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+    import dataclasses
+    with pytest.raises(DataError, match="do not belong together"): load_proxy(save_proxy(dataclasses.replace(p, config=TINY.replace(depth=2)), tmp_path/"q.safetensors"))
+
+
+def test_a_save_that_is_interrupted_leaves_what_was_there(tmp_path, monkeypatch):
+    import mixbook.core as core
+    file = save_proxy(train(), tmp_path/"p.safetensors"); before = file.read_bytes()
+    def full(*_): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(core.os, "fsync", full)
+    with pytest.raises(DataError, match="No space left"): save_proxy(train(seed=1), file)
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]

@@ -6,7 +6,7 @@ from torch import nn
 from mixbook.core import DataError, MixbookError, UnsupportedError
 from mixbook.decoder import AutogradStep, Decoder, ProxyConfig, gradients
 from mixbook.proxy import flatten
-from mixbook.quant import (FakeQuantized, QATConfig, QuantizedModel, SCALE_FLOOR, clip_search, decay_groups, fake_quantize, finalize_qat, floor_scales, grid_levels, initial_scale, pack_codes,
+from mixbook.quant import (FakeQuantized, QATConfig, QuantizedModel, SCALE_FLOOR, clip_search, decay_groups, fake_quantize, finalize_qat, floor_scales, grid_levels, initial_scale, pack_codes, palettize,
                            pick_quantizer, prepare_qat, quantize, quantize_grads, quantizers, recover_codes, unpack_codes)
 from mixbook.adapters import Ema, LoraConfig, adapter_parameters, add_adapters, load_adapters, save_adapters
 
@@ -255,6 +255,56 @@ def test_stacked_decoder_trains_as_its_models():
         for p, q in zip(one.parameters(), stack.parameters()): torch.testing.assert_close(p.grad, q.grad[m], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("per", ["row", "tensor"])
+@pytest.mark.parametrize("bits", [1.58, 2, 4])
+def test_a_prepared_stack_has_a_scale_per_model_and_row(bits, per):
+    c = ProxyConfig(depth=2, seq_len=8, batch=2)
+    plan = QATConfig(bits, per=per, init="mse")
+    stack = Decoder(c, 3, [0, 1, 2])
+    stack.blocks[0].mlp.up.weight.data.mul_(1 + torch.arange(3.)[:, None, None])  # models of different sizes
+    latent = [p.detach().clone() for p in stack.parameters()]
+    prepare_qat(stack, plan)
+    codes = finalize_qat(stack)
+    for m in range(3):
+        one = Decoder(c)
+        for p, w in zip(one.parameters(), latent): p.data.copy_(w[m])
+        one = finalize_qat(prepare_qat(one, plan))
+        for n in one:
+            rows = codes[n].codes.shape[-2]
+            assert codes[n].scale.shape == (3, rows if per == "row" else 1, 1) and torch.equal(codes[n].codes[m], one[n].codes)
+            torch.testing.assert_close(codes[n].scale[m], one[n].scale)
+    up = codes["blocks.0.mlp.up"].scale
+    assert not torch.equal(up[0], up[1])
+
+
+def test_a_prepared_decoder_compiles_alone_and_in_a_stack():
+    torch._dynamo.reset()
+    for models in (None, 2):
+        model = prepare_qat(Decoder(ProxyConfig(depth=1), models), QATConfig(2))
+        x = torch.randint(0, 256, (*([models] if models else []), 2, 8), generator=torch.Generator().manual_seed(0))
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        grads = []
+        for f in (compiled, model):
+            model.zero_grad()
+            y = f(x)
+            y.square().sum().backward()
+            grads.append((y.detach(), *(p.grad.clone() for p in model.parameters())))
+        for a, b in zip(*grads): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_products_of_a_stack_are_those_of_its_models():
+    c, x = ProxyConfig(depth=2, seq_len=8, batch=2), torch.randint(0, 256, (2, 2, 9), generator=torch.Generator().manual_seed(0))
+    stack = prepare_qat(Decoder(c, 2, [0, 1]), QATConfig(2))
+    flatten(stack)
+    loss = gradients(stack, 2, 8, torch.bfloat16)(x)
+    for m in range(2):
+        one = prepare_qat(Decoder(c, None, m), QATConfig(2))
+        flatten(one)
+        torch.testing.assert_close(gradients(one, 2, 8, torch.bfloat16)(x[m:m + 1])[0], loss[m], rtol=2e-3, atol=2e-3)
+        for p, q in zip(one.parameters(), stack.parameters()):
+            assert p.dtype == torch.float32 and torch.isfinite(q.grad[m]).all() and float((p.grad - q.grad[m]).norm()) <= .05*float(p.grad.norm()) + 1e-6
+
+
 def test_no_copy_of_the_weights_stays():
     model = prepare_qat(Decoder(ProxyConfig(depth=2)), QATConfig(2))
     held = sum(t.numel() for m in model.modules() for t in [*m._parameters.values(), *m._buffers.values()] if t is not None)
@@ -323,6 +373,18 @@ def test_exact_codes_are_recovered_or_refused():
         torch.testing.assert_close(recover_codes(q.dequantize(), bits, method=method).dequantize(), q.dequantize(), rtol=1e-6, atol=0)
         assert torch.equal(recover_codes(q.dequantize(), bits, method=method, scale=q.scale).codes, q.codes)
     with pytest.raises(DataError, match="averaged"): recover_codes(torch.randn(4, 50), 2)
+
+
+def test_average_bits_of_palettes_with_and_without_tables():
+    "Sum of bits times weights over the weights; a table of 2**bits levels for each 16 rows on top."
+    w = {"a": matrix(32, 48, 0, torch.float32), "b": matrix(64, 24, 1, torch.float32)}
+    model = QuantizedModel({"a": palettize(w["a"], 2), "b": palettize(w["b"], 4)}, {}, {})
+    n = {k: x.numel() for k, x in w.items()}
+    tables = 2*4*16 + 4*16*16
+    total = model.report().loc["total"]
+    assert total["bits_per_weight"] == pytest.approx((2*n["a"] + 4*n["b"])/sum(n.values()))
+    assert total["with_overhead"] == pytest.approx((2*n["a"] + 4*n["b"] + tables)/sum(n.values())) and total["bytes"] == math.ceil((2*n["a"] + 4*n["b"] + tables)/8)
+    for k, b in (("a", 2), ("b", 4)): assert palettize(w[k], b).mse <= palettize(w[k], b, rows=None).mse + 1e-7
 
 
 # ---------------------------------------------------------------- bad input
