@@ -21,13 +21,13 @@ QUICK = {"n_mixtures": 24, "tokens": 150_000, "confirm_tokens": 200_000, "budget
 # %% ../nbs/12c_demo.ipynb #903c75db
 def study_plan(
     study:Study, # Settings
-)->pd.DataFrame: # Two rows, sweep and confirmation: runs, n_params, tokens, flops, minutes
+)->pd.DataFrame: # Sweep, confirmation and two bits: runs, n_params, tokens, flops, minutes
     "What `study` will train, and how long that takes on this machine by a measured probe."
     from mixbook.proxy import estimate_seconds, flops_per_token
     rows, workers = {}, max(study.n_workers, 1)
-    for name, runs in (("sweep", study.n_mixtures), ("confirmation", 4*study.confirm_seeds)):
+    for name, runs in (("sweep", study.n_mixtures), ("confirmation", 4*study.confirm_seeds), ("two bits", study.confirm_seeds)):
         c = proxy_config(study, confirm=name != "sweep")
-        rows[name] = {"runs": runs, "n_params": c.n_params, "tokens": runs*c.tokens, "flops": float(runs*c.tokens*flops_per_token(c)), "minutes": runs*estimate_seconds(c)/workers/60}
+        rows[name] = {"runs": runs, "n_params": c.n_params, "tokens": runs*c.tokens, "flops": float(runs*c.tokens*flops_per_token(c)), "minutes": runs*estimate_seconds(c)/(1 if name == "two bits" else workers)/60}
     return pd.DataFrame(rows).T.rename_axis("part")
 
 # %% ../nbs/12c_demo.ipynb #ef799456
@@ -41,24 +41,28 @@ def run_demo(
     progress:bool=True, # Bars, and a line before each step
     **settings, # Fields of `Study` to set otherwise
 )->Path: # The report
-    "From text to a confirmed recipe and its report in `out`; goes on where an earlier call was stopped."
+    "From text to a confirmed recipe, a proved package at two bits and the report in `out`; goes on where an earlier call was stopped."
     from mixbook.corpus import installed_corpus
     from mixbook.report import write_report
+    from mixbook.ship import quantised_gap, ship_study
     say, out = _sayer(progress), out or ("mixbook-demo-quick" if quick else "mixbook-demo")
-    say("1/6  corpus: real text from the installed packages")
+    say("1/7  corpus: real text from the installed packages")
     corpus = installed_corpus(max_bytes=1_000_000 if quick else None, progress=progress) if corpus is None else corpus
     study = start_study(corpus, out, n_workers=n_workers, seed=seed, **{**(QUICK if quick else FULL), **settings})
     plan = study_plan(study)
-    say(f"2/6  sweep: {plan.runs.sum():.0f} training runs in all, {plan.flops.sum():.2g} FLOPs, about {plan.minutes.sum():.0f} minutes\n{plan.round(1).to_string()}")
+    say(f"2/7  sweep: {plan.runs.sum():.0f} training runs in all, {plan.flops.sum():.2g} FLOPs, about {plan.minutes.sum():.0f} minutes\n{plan.round(1).to_string()}")
     sweep_study(study, progress=progress)
-    say("3/6  fit: how well the surrogate predicts runs that it has not seen")
+    say("3/7  fit: how well the surrogate predicts runs that it has not seen")
     say(fit_study(study).round(3).to_string())
-    say("4/6  propose")
+    say("4/7  propose")
     recipe = propose_study(study)
     say(recipe.table().round(3).to_string())
-    say("5/6  confirm by training")
+    say("5/7  confirm by training")
     say(confirm_study(study, progress=progress).round(4).to_string())
-    say("6/6  report")
+    say("6/7  two bits: train the recipe once more with quantised weights, write it as a package, interpret the package")
+    proof = ship_study(study, progress=progress)
+    say(quantised_gap(study).round(4).to_string() + ("" if proof is None else f"\n{proof.export.path}: {proof!r}"))
+    say("7/7  report")
     report = write_report(study)
     say(f"open {report}")
     return report

@@ -166,6 +166,17 @@ def _trainer_section(study, parts):
     code = [{"name": f"{name} ({rel})", "text": (study.path/rel).read_text(encoding="utf-8")} for name, rel in TRAINERS.items() if (study.path/rel).exists()]
     return _section("trainers", "Take it to your trainer", ["Each file says what its number means: a share of sequences, of documents or a number of passes. `mixbook write` makes the others."], code=code)
 
+def _device_section(study, parts):
+    "The recipe at few bits as a package: the price, the size, the proof."
+    file = study.path/"device/device.json"
+    if not file.exists(): return _section("device", "On the device", [f"Not done. Run `mixbook ship {study.folder}`."])
+    from mixbook.ship import quantised_gap
+    made, frame = json.loads(file.read_text(encoding="utf-8")), lambda t: pd.DataFrame(t["data"], columns=t["columns"]).pipe(lambda f: f.set_index(f.columns[0]))
+    g, sizes, checks = quantised_gap(study).loc[made["bits"]], frame(made["sizes"]).astype({"weights": "Int64"}), frame(made["proof"]).drop(columns="note")
+    text = [f"The recipe was trained once more, with weights of {made['bits']:g} bits for the last {made['fraction']:.0%} of its tokens. Its target is {_signed(g['mean'], g['lo'], g['hi'])} {_unit(study)} above that in full precision after the same tokens, {int(g['n'])} paired seeds.",
+            f"The package holds the model of the first seed (way {made['way']}, {made['target']} and later). " + ("Every check below holds: " if made["ok"] else "Not every check below holds; do not use the package. ") + ("its codes are those that were trained, and interpreted op by op it gives the logits of the model. It was interpreted, not run on a device." if made["ok"] else "")]
+    return _section("device", "On the device", text, [], [_table(sizes, "Bytes and bits per weight, as predicted from the codes and as found in the package:", digits=3), _table(checks.assign(ok=checks["ok"].map({True: "yes", False: "no"}).fillna("not judged")), "The proof:", fold=True, digits=6)])
+
 def _limits(o):
     "Caps or floors of a recipe in words."
     if o is None: return "none"
@@ -211,7 +222,7 @@ def _notes(study, parts):
     return out
 
 # %% ../nbs/12b_report.ipynb #bf235967
-_SECTIONS = (_confirmation_section, _recipe_section, _surrogate_section, _design_section, _cost_section, _trainer_section, _origin_section)
+_SECTIONS = (_confirmation_section, _recipe_section, _surrogate_section, _design_section, _cost_section, _trainer_section, _device_section, _origin_section)
 
 def write_report(
     folder, # Folder of a study, or a `Study`
