@@ -204,3 +204,25 @@ def test_qat_says_what_is_wrong_in_one_line(study, model, tmp_path, capsys):
     assert main(["plan", "published", "--bits", "2,4", "--flops", "1e20", "--memory", "5e8", "--embedding", "2e8"]) == 0
     said = capsys.readouterr().out
     assert "1.8e+09" in said and "embeddings at max(4, bits)" in said
+
+
+def test_export_refuses_what_is_not_quantised(model, tmp_path, capsys):
+    "One line, and nothing under the final name."
+    assert main(["export", str(model), str(tmp_path/"m.mlpackage")]) == 2
+    err = capsys.readouterr().err
+    assert "quantised" in err and "Traceback" not in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_ship_says_what_it_would_train(study, capsys):
+    assert main(["ship", str(study), "--dry"]) == 0
+    said = capsys.readouterr().out
+    assert "qat_tokens" in said and not (study/"device").exists()
+
+
+def test_ship_ends_with_a_proof_and_the_report_shows_it(study, tmp_path, capsys):
+    pytest.importorskip("coremltools")
+    import shutil
+    shutil.copytree(study, tmp_path/"s")
+    assert main(["ship", str(tmp_path/"s")]) == 0
+    assert "codes equal" in capsys.readouterr().out and json.loads((tmp_path/"s/device/device.json").read_text())["ok"]
+    assert main(["report", str(tmp_path/"s")]) == 0 and "It was interpreted, not run on a device" in (tmp_path/"s/report.html").read_text()

@@ -1,14 +1,14 @@
 "Schedules spend exactly their budget; quantised runs resume to the same bits, and branches equal whole runs."
-import dataclasses
+import dataclasses, json
 import numpy as np, pytest, torch
 import mixbook.qat as mq
 from mixbook.core import DataError, MixbookWarning, UnsupportedError, read_runs
 from mixbook.corpus import toy_corpus
 from mixbook.decoder import ProxyConfig
 from mixbook.proxy import load_proxy, save_proxy, train_proxy
-from mixbook.qat import QATResult, QATSchedule, continue_qat, departure, qat_schedule, qat_stage, qat_step_ratio, round_to_nearest, run_branches, train_qat, train_qats, train_trunk
+from mixbook.qat import _QATTraining, QATResult, QATSchedule, continue_qat, departure, qat_run_id, qat_schedule, qat_stage, qat_step_ratio, round_to_nearest, run_branches, train_qat, train_qats, train_trunk
 from mixbook.qat_budget import optimal_fraction
-from mixbook.quant import QATConfig, finalize_qat
+from mixbook.quant import QATConfig, finalize_qat, outer_level
 
 @pytest.fixture(scope="module")
 def corpus(): return toy_corpus()
@@ -222,3 +222,26 @@ def test_a_folder_of_results(trained, corpus, tmp_path):
         with pytest.raises(DataError): QATResult.load(tmp_path/"a")
         (tmp_path/"a"/name).write_bytes(whole)
     assert QATResult.load(tmp_path/"a").stage == r.stage
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_steps_move_the_outer_level_as_far_whatever_the_bits(bits, corpus, even):
+    "A step of the optimiser changes the outer level by about the learning rate; stepping on the scale changes it by many times that."
+    config, moved = ProxyConfig(depth=1, tokens=100*1024, vocab=corpus.vocab_size), {}
+    s = qat_schedule(config, .9, warmup=1)
+    for learn in ("outer", "scale"):
+        q = QATConfig(bits=bits, embedding_bits=bits, learn=learn); t = _QATTraining(corpus, [even], config, s, q, [0], [None], "cpu"); t.step = s.switch
+        t.advance(); a = [o[3].clone()/o[-1] for o in t.gradients.todo]
+        t.step = s.switch + 40
+        t.advance(); b = [o[3]/o[-1] for o in t.gradients.todo]
+        moved[learn] = max(float((x - y).abs().max()) for x, y in zip(a, b))*outer_level(bits)
+    assert moved["outer"] < 2*config.peak_lr
+    ratio = moved["scale"]/moved["outer"]
+    assert outer_level(bits)/2 < ratio < outer_level(bits)*2
+
+
+def test_old_ids_are_those_of_steps_on_the_scale(corpus):
+    "Rows that were stored before there was a choice are found again."
+    from mixbook.core import run_id
+    config = ProxyConfig(depth=1, tokens=10_240); s = qat_schedule(config, .5); q = QATConfig(bits=2, learn="scale"); old = json.loads(q.to_json()); del old["learn"]
+    assert qat_run_id("x", s, q) == run_id({"qat": 1, "proxy": "x", "schedule": json.loads(s.to_json()), "config": old}) != qat_run_id("x", s, QATConfig(bits=2))
