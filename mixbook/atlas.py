@@ -13,9 +13,9 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 import numpy as np, pandas as pd
-from .core import DataError, Record, one_of
+from .core import DataError, Record
 from .dedup import near_duplicates
-from .domains import (Atlas, _agreement, _by_size, _checked, _counts, _documents, _embedding, _given, _hasher, _kmeans, _place, _sizes, _typical, _unit, split_domains)
+from .domains import (Atlas, _agreement, _checked, _counts, _documents, _embedding, _given, _hasher, _kmeans, _place, _sizes, _typical, _unit)
 
 # %% ../nbs/02c_atlas.ipynb #d843af0f
 def _halved(texts, space, router, embed, held):

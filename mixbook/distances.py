@@ -9,7 +9,7 @@ __all__ = ['sample_distances', 'js_bias', 'mauve', 'frontier_integral', 'mauve_g
            'cross_gap', 'distance_table', 'predictor_table']
 
 # %% ../nbs/02d_distances.ipynb #4ceb30d9
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 import numpy as np, pandas as pd
 from .core import DataError, Registry, one_of
 from .domains import _by_domain, _counts_of, _halves, _space_of, _unit, divergences

@@ -1,5 +1,5 @@
 "Core ML: codes of every way read back from saved bytes, logits by interpretation, faults that must be caught, exports that are refused, killed or damaged."
-import os, platform, shutil, signal, sys, time
+import importlib.util, os, platform, shutil, signal, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import assume, given, settings, strategies as st
@@ -13,7 +13,7 @@ import mixbook.coreml as coreml
 import mixbook.device as device
 
 pytest.importorskip("coremltools", reason="coremltools is not installed")
-from mixbook.coreml import Export, export_coreml, python_snippet, read_export, size_report, swift_snippet, verify_export
+from mixbook.coreml import Export, coreai_witness, export_coreml, python_snippet, read_export, size_report, swift_snippet, verify_export
 from mixbook.package import read_package, seed_fault
 
 SMALL = DeviceConfig(64, chunk=32)
@@ -170,6 +170,8 @@ def test_another_model_is_not_proved(base):
     p = verify_export(e, decoder(2, seed=1), tokens=40, progress=False)
     assert not p.ok and not p.table.ok["codes are those of the model"] and not p.table.ok["codes equal"]
     with pytest.raises(DataError, match="expected the model of this package"): verify_export(e, decoder(3))
+    for text in ([], [256], torch.zeros(9)):
+        with pytest.raises(DataError, match="Is it the tokenizer"): verify_export(e, decoder(2), tokens=text, progress=False)
 
 
 def test_real_runtime_is_asked_where_there_is_one(base, monkeypatch):
@@ -182,6 +184,12 @@ def test_real_runtime_is_asked_where_there_is_one(base, monkeypatch):
     monkeypatch.setattr(coreml, "_native", refuses)
     p = verify_export(e, model, tokens=64, progress=False)
     assert not p.ok and "error code -14" in p.table.note["Core ML runtime"]
+
+
+def test_second_witness(base):
+    e, model = base
+    t = coreai_witness(e, model)
+    assert t.ok.iloc[0] is None and "skipped" in t.note.iloc[0] if importlib.util.find_spec("coreai_torch") is None else t.ok.iloc[0]
 
 
 # ---------------------------------------------------------------- adapters

@@ -209,7 +209,8 @@ def entry(symbol, level=3, shown=(), link=lambda text, own=(): text):
     head = word + wrap_call(symbol.call, word + gives) + based + gives
     own = {p.name.lstrip("*") for p in symbol.params} | {symbol.name}
     mention = lambda text: link(text, own)
-    parts = ["".join(anchor(a) for a in (symbol.name, *private)),
+    plain = symbol.name.isalnum()  # the heading has this anchor itself; an empty one before it would be what the search shows
+    parts = ["".join(anchor(a) for a in ([] if plain else [symbol.name]) + private),
              f"{'#' * level} `{symbol.name}`",
              f"```{{code-block}} python\n:class: api-signature\n{head}\n```",
              mention(symbol.doc)]
