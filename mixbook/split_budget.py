@@ -23,7 +23,7 @@ def _split_law(law):
 
 def _split_loss(law, theta, N, D, D_split): # (b, n)
     N, D, D_split = np.broadcast_arrays(*(np.asarray(o, float) for o in (N, D, D_split)))
-    return np.atleast_2d(law.values(theta, N=N, D=D, D_split=D_split))
+    with np.errstate(divide="ignore", invalid="ignore"): return np.atleast_2d(law.values(theta, N=N, D=D, D_split=D_split))  # no tokens at all: infinite
 
 _edge = np.geomspace(1e-6, .03, 60)
 _SHARES = np.concatenate([[0], _edge, np.linspace(.03, .97, 236)[1:-1], 1 - _edge[::-1], [1]])  # dense at both ends: a corner is a common answer
@@ -76,8 +76,8 @@ def _break_even(laws, thetas, q, N, K, trunk, caps=None): # (b,) tokens
 def _waterfill(laws, thetas, q, N, T, s, grids): # (b, m) losses and (b, m, K) tokens at (m,) shares
     base, gains, widths = 0, [], []
     for law, theta, w, g in zip(laws, thetas, q, grids):
-        L = w*_split_loss(law, theta, N, np.repeat((1 - s)*T, len(g)), np.tile(g, len(s))).reshape(-1, len(s), len(g)); base = base + L[..., 0]
-        with np.errstate(invalid="ignore"): gains.append(np.minimum.accumulate(-np.diff(L)/np.diff(g), -1))
+        L = w*_split_loss(law, theta, N, np.repeat((1 - s)*T, len(g)), np.tile(g, len(s))).reshape(-1, len(s), len(g)); L = np.minimum(np.where(np.isnan(L), np.inf, L), 1e6*np.nanmin(L, (1, 2), keepdims=True)); base = base + L[..., 0]  # the pole at no tokens would swallow all digits
+        gains.append(np.minimum.accumulate(-np.diff(L)/np.diff(g), -1))
         widths.append(np.diff(g))
     G, W, owner = np.concatenate(gains, -1), np.concatenate(widths), np.repeat(np.arange(len(grids)), [len(w) for w in widths])
     order = np.argsort(-G, -1, kind="stable"); w = W[order]; left = (s*T - sum(g[0] for g in grids))[:, None]
