@@ -6,7 +6,7 @@ Docs: https://mixbook.github.io/mixbook/cli.html.md"""
 
 # %% auto #0
 __all__ = ['verbs', 'demo', 'corpus', 'sweep', 'fit', 'propose', 'confirm', 'train', 'report', 'write', 'qat', 'export', 'ship',
-           'bench', 'law', 'plan', 'usage', 'main']
+           'split', 'bench', 'law', 'plan', 'usage', 'main']
 
 # %% ../nbs/13_cli.ipynb #4660f193
 import os, sys
@@ -251,16 +251,51 @@ def ship(
     if proof is not None: _proved(proof)
 
 # %% ../nbs/13_cli.ipynb #e653a228
+@verbs.register("split")
+def split(
+    corpus:str, # Corpus: a folder of `mixbook corpus`, the study in it, or 'installed'
+    out:str, # Folder to write: split.md, runs, system (the specialists)
+    tokens:int=2_000_000, # Tokens over the whole system: trunk and all specialists
+    domains:str=None, # Comma-separated domains to specialise in; all without
+    clusters:int=0, # Find that many domains in the text instead of taking those of the corpus
+    by:str="hierarchical", # How they are found: cluster, balanced or hierarchical
+    width:int=32, # Width of the model
+    depth:int=2, # Blocks of the model
+    share:float=None, # Share of specialisation to check; by the laws without
+    seeds:int=3, # Of the check
+    n_workers:int=0, # Further processes; 0 trains in this one
+    dry:bool=False, # Say steps and minutes, and stop
+):
+    "Decide whether one model or several specialists pay at a budget, and train them."
+    from mixbook.clustered import cluster_corpus
+    from mixbook.core import one_of
+    from mixbook.decoder import ProxyConfig
+    from mixbook.specialise import specialise
+    text = _corpus_at(corpus)
+    if clusters and domains: raise DataError("expected domains of the corpus or clusters to find, found both. Leave one out.")
+    if clusters: text = cluster_corpus(text, clusters, by=one_of(by, ("cluster", "balanced", "hierarchical"), what="way"), names=2)
+    some = [one_of(d, text.domains, what="domain") for d in domains.split(",")] if domains else text.domains
+    weights = text.natural.reindex(some); weights = (weights/weights.sum()).to_dict()
+    config = ProxyConfig(depth=depth, width=width, vocab=max(256, text.vocab_size))
+    answer = specialise(text, out, config, tokens=tokens, weights=weights, share=share, seeds=seeds, n_workers=n_workers, dry=dry)
+    if dry: return print(answer.round(2).to_string())
+    print(f"{answer.verdict}\n\n{answer.gains.round(4).to_string()}\n\n{answer.system.table.round(4).to_string()}\n\n{answer.routes[['router', 'top', 'loss', 'difference', 'accuracy']].round(4).to_string(index=False)}\n\nreport in {Path(out)/'split.md'}, specialists in {Path(out)/'system'}")
+
+# %% ../nbs/13_cli.ipynb #e28fd958
 @verbs.register("bench")
 def bench(
-    what:str="proxy", # 'proxy': training, against the plain loop and the matmul peak; 'laws': fitting, against the usual optimiser
+    what:str="proxy", # 'proxy': training, against the plain loop and the matmul peak; 'laws': fitting, against the usual optimiser; 'domains': clustering and near duplicates of a stream
     rounds:int=5, # Repetitions, interleaved
+    documents:int=100_000, # Of the stream, for 'domains'
 ):
-    "Measure this machine: proxy training, or the fitting of laws, side by side with the usual way."
+    "Measure this machine: proxy training, the fitting of laws, or the finding of domains and duplicates."
     from mixbook.core import one_of
-    if one_of(what, ("proxy", "laws"), what="bench") == "proxy":
+    if one_of(what, ("proxy", "laws", "domains"), what="bench") == "proxy":
         from mixbook.bench import run_bench
         return print(run_bench(rounds=rounds).round(3).to_string())
+    if what == "domains":
+        from mixbook.leakage import bench_domains
+        return print(bench_domains(documents).round(3).to_string())
     from mixbook.law_bench import bench_laws
     from mixbook.validate import planted_runs
     print(bench_laws(planted_runs("chinchilla", dict(E=1.8, A=480., B=2100., alpha=.35, beta=.37), noise=.008), rounds=rounds).to_string())

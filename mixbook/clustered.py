@@ -40,6 +40,9 @@ class ClusteredCorpus:
         "Bytes of text per token, averaged over the domains that the text comes from."
         part = self._part(domain, split); n = (part["stop"] - part["start"]).groupby(part["domain"]).sum()
         return float(np.average([self.corpus.bytes_per_token(d, split) for d in n.index], weights=n))
+    def texts(self, domain, split="train"):
+        "The passages of one cluster, one after the other."
+        yield from passage_texts(self.corpus, self._part(domain, split), split)
     @property
     def natural_tokens(self): return (t := self.table[self.table["split"] == "train"])["stop"].sub(t["start"]).groupby(t["cluster"]).sum()
     @property

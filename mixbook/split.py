@@ -176,9 +176,11 @@ def split_groups(
 def _branch_mixture(group, weights, replay):
     return (1 - replay)*group + replay*weights
 
-def _first_step(trunk, stream, group, step): # of the branch's stream: own domains go on where the trunk stopped
-    read = trunk.counts(step)["tokens"]/trunk.seq_len; own = [d for d in group.index if group[d] > 0]
-    return int(max(np.ceil(read[d]/(stream.batch*stream.weights[d])) for d in own))
+def _first_step(trunk, stream, group, step): # of the branch's stream: the first at which it has drawn of its own domains what the trunk has read
+    own = [d for d in group.index if group[d] > 0]; read = trunk.counts(step)["tokens"][own]
+    at = max(0, int(max(read[d]/(trunk.seq_len*stream.batch*stream.weights[d]) for d in own)) - 2)
+    while (stream.counts(at)["tokens"][own] < read).any(): at += 1
+    return at
 
 def _check_passes(trunk, group, D, longest, replay, most, name):
     "Raise `DataError` where a domain would be read too often."

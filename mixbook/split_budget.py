@@ -42,7 +42,7 @@ def split_share(
     "Share of `tokens` for specialists where it is lowest by the derivative of `law`: in closed form, or as the root of one equation."
     p, K, T = law.params, domains, np.atleast_1d(np.asarray(tokens, float)); one_of(law.law, [k for k in law_forms if k.startswith("split-")], what="split law")
     if law.law == "split-pooled": return np.full(T.shape, float(p["tau"] < 1/K))
-    if law.law == "split-pooled-concave": return 1 - np.minimum(T, (K*p["kappa"]*p["tau"])**(1/(1 - p["kappa"])))/T
+    if law.law == "split-pooled-concave": return 1 - np.exp(np.minimum(0, np.log(K*p["kappa"]*p["tau"])/max(1 - p["kappa"], 1e-12) - np.log(T)))  # a fit may end at kappa = 1
     if law.law == "split-product": return np.maximum(0, (p["gamma"]*T - p["beta"]*K*p["d"])/((p["beta"] + p["gamma"])*T))
     lo, hi = np.zeros(T.shape), np.full(T.shape, 1 - 1e-12)
     for _ in range(60):

@@ -59,6 +59,7 @@ class SplitFit:
     near: list # Names of the laws within `points` of it, the best among them
     points: float # Percentage points
     range: dict # Column → smallest and largest value of the rows
+    left_out: dict = dataclasses.field(default_factory=dict) # Law → why these rows cannot tell its parameters
     @property
     def domains(self): return list(self.laws[self.best])
     @property
@@ -93,17 +94,21 @@ def fit_split_laws(
     seed:int=0, # Of starts and resamples
 )->SplitFit: # Scores and laws
     "Fit each law to each domain, score it on the largest size and the longest runs, and keep those near the best; raises `DataError` on rows that cannot be fitted."
-    rows, laws = _check_split_rows(rows), list(laws)
+    rows, laws, out = _check_split_rows(rows), list(laws), {}
     for l in laws: one_of(l, [k for k in law_forms if k.startswith("split-")], what="split law")
     scores, fits = [], {l: {} for l in laws}; cluster = cluster if cluster in rows else None
     for d, g in rows.groupby("domain", sort=True):
         held = held_out_rows(g)
         for name, (law, fixed) in {**{l: (l, {}) for l in laws}, **BLIND_LAWS}.items():
-            scores += [dict(law=name, domain=d, **o) for o in _score(g, held, law, fixed, seed)]
-            if name in fits: fits[name][d] = _one_law(g, law, fixed, bootstrap, cluster, seed)
-    scores = pd.DataFrame(scores); mean = scores[scores["law"].isin(laws)].groupby("law")[["mre", "rows"]].apply(lambda g: np.average(g["mre"], weights=g["rows"])).sort_values()
+            try: own, used = _score(g, held, law, fixed, seed), _one_law(g, law, fixed, bootstrap, cluster, seed) if name in fits else None
+            except DataError as e: out[name] = str(e); continue
+            scores += [dict(law=name, domain=d, **o) for o in own]
+            if used is not None: fits[name][d] = used
+    laws, fits = [l for l in laws if l not in out], {l: f for l, f in fits.items() if l not in out}; scores = pd.DataFrame([o for o in scores if o["law"] not in out])
+    if not laws: raise DataError(f"expected rows that some law can be fitted to, found none of {len(out)}: {next(iter(out.values()))}")
+    mean = scores[scores["law"].isin(laws)].groupby("law")[["mre", "rows"]].apply(lambda g: np.average(g["mre"], weights=g["rows"])).sort_values()
     span = {c: (float(rows[c].min()), float(rows[c].max())) for c in ("n_params", "tokens", "split_tokens")}
-    return SplitFit(scores, fits, mean.index[0], list(mean.index[mean <= mean.iloc[0] + near]), near, span)
+    return SplitFit(scores, fits, mean.index[0], list(mean.index[mean <= mean.iloc[0] + near]), near, span, out)
 
 # %% ../nbs/09b_split_laws.ipynb #72df3bfe
 def plan_split(
