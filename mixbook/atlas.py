@@ -10,12 +10,12 @@ __all__ = ['DomainCount', 'count_domains', 'AtlasGrid', 'cross_domains', 'axis_d
 
 # %% ../nbs/02c_atlas.ipynb #5822864a
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 import numpy as np, pandas as pd
 from .core import DataError, Record
 from .dedup import near_duplicates
-from .domains import (Atlas, _agreement, _checked, _counts, _documents, _embedding, _given, _hasher, _kmeans, _place, _sizes, _typical, _unit)
+from .domains import (Atlas, _agreement, _checked, _counts, _documents, _embedding, _given, _hasher, _kmeans, _named, _place, _sizes, _typical, _unit)
 
 # %% ../nbs/02c_atlas.ipynb #d843af0f
 def _halved(texts, space, router, embed, held):
@@ -222,21 +222,23 @@ def grid_mixtures(
     grid:AtlasGrid, # Of `cross_domains`
     n:int, # Mixtures
     *,
-    rank:int=0, # 0: product; r: log-bilinear with r random pairs
+    rank:int|None=0, # 0: product; r: log-bilinear with r random pairs; None: joint, every cell by itself
     strength:float=.5, # Standard deviation of the interaction
     concentration:tuple=(.1, 5.), # Range of s, log-uniform; Dirichlet parameters are s · labels · natural share
     tokens:float|None=None, # Tokens of the run, for the cap
     passes:float=4., # Most passes over a cell
     seed:int=0, # Of the draws
 )->pd.DataFrame: # (n, cells); the index names them
-    "Draw mixtures of the cells of `grid` in the product or the log-bilinear form, none of which repeats a cell too often."
+    "Draw mixtures of the cells of `grid` in the product, the log-bilinear or the joint form, none of which repeats a cell too often."
+    if n < 1 or not 0 < concentration[0] <= concentration[1]: raise DataError(f"expected at least one mixture and a rising range of concentration above 0, found n={n} and {concentration}.")
     rng, (u, v), have, out = np.random.default_rng(seed), grid.margins, grid.flat().to_numpy(), []
     cap = np.full(len(have), np.inf) if tokens is None else passes * have / tokens
     draw = lambda p, s: rng.dirichlet(np.maximum(s * len(p) * p, 1e-3)) + 1e-12
     for _ in range(200 * n):
         s = np.exp(rng.uniform(*np.log(concentration), 2))
         tilt = {} if not rank else dict(a=rng.normal(size=(rank, len(u))) * strength**.5, b=rng.normal(size=(rank, len(v))) * strength**.5)
-        w = np.where(have > 0, grid_weights(draw(u.to_numpy(), s[0]), draw(v.to_numpy(), s[1]), **tilt).to_numpy().ravel(), 0)
+        w = draw(grid.natural.to_numpy().ravel(), s[0]) if rank is None else grid_weights(draw(u.to_numpy(), s[0]), draw(v.to_numpy(), s[1]), **tilt).to_numpy().ravel()
+        w = np.where(have > 0, w, 0)
         if w.sum() > 0 and ((w := w / w.sum()) <= cap * (1 + 1e-9)).all(): out.append(w)
         if len(out) == n: return pd.DataFrame(out, columns=grid.cells, index=[f"m{i}" for i in range(n)])
     raise DataError(f"expected {n} mixtures that repeat no cell more than {passes:g} times in {tokens:,.0f} tokens, found {len(out)} in {200 * n} draws. Train on fewer tokens, allow more passes, or merge small cells.")
@@ -297,7 +299,7 @@ def _reservoir(texts, most, seed):
     "A uniform sample of a stream, and the number of documents (algorithm R in batches)."
     rng, kept, n = np.random.default_rng(seed), [], 0
     for batch in _in_batches(texts, 4096):
-        room = max(0, min(len(batch), most - n))
+        batch, room = _checked(batch, first=n), max(0, min(len(batch), most - n))
         kept += batch[:room]
         slot = (rng.random(len(batch) - room) * np.arange(n + room + 1, n + len(batch) + 1)).astype(np.int64)
         for i in np.flatnonzero(slot < most): kept[slot[i]] = batch[room + i]
@@ -314,30 +316,38 @@ def _in_batches(texts, size):
 def _again(source):
     "A function that starts the stream anew."
     if isinstance(source, str): raise DataError("expected several texts, found one string. Put it in a list.")
+    if isinstance(source, pd.DataFrame): raise DataError(f"expected texts, found a table with columns {list(source.columns)}. Pass its text column, frame['text'] say.")
     if hasattr(source, "texts") and hasattr(source, "domains"): return lambda: (t for d in source.domains for t in source.texts(d))
+    if isinstance(source, Mapping): return lambda: (t for v in _named(source).values() for t in v)
     if callable(source): return source
+    if not hasattr(source, "__iter__"): raise DataError(f"expected texts, found {type(source).__name__}. Pass a list, a Corpus, or a function that opens the stream.")
     if iter(source) is iter(source): raise DataError("expected documents that can be read twice, found an iterator that ends after one pass. Pass a list, a Corpus, or a function that opens the stream.")
     return lambda: iter(source)
 
 # %% ../nbs/02c_atlas.ipynb #f25c947f
-def _second_pass(read, vectors, file, n, start, batch):
-    "Vectors of all documents to a file, and the centres moved by every batch."
-    from sklearn.cluster import MiniBatchKMeans
-    km, sizes, left = MiniBatchKMeans(n, init=start, n_init=1, random_state=0, reassignment_ratio=0, batch_size=batch), [], None
+def _second_pass(read, vectors, file, batch):
+    "Vectors of all documents to a file; the bytes of each document."
+    sizes, done = [np.zeros(0, np.uint32)], 0
     for texts in _in_batches(read(), batch):
-        v = vectors(_checked(texts))
-        v.astype("<f4").tofile(file)
+        vectors(_checked(texts, first=done)).astype("<f4").tofile(file)
         sizes.append(_sizes(texts).astype(np.uint32))
-        left = v if left is None else np.concatenate([left, v])
-        if len(left) >= n: km.partial_fit(left); left = None
-    return km.cluster_centers_, np.concatenate(sizes)
+        done += len(texts)
+    return np.concatenate(sizes)
 
-def _third_pass(file, centres, dims, batch):
-    "The nearest centre of every vector in the file."
-    file.seek(0)
-    out = []
-    while len(v := np.fromfile(file, "<f4", batch * dims).reshape(-1, dims)): out.append(((centres**2).sum(1) - 2 * v @ centres.T).argmin(1).astype(np.int16))
-    return np.concatenate(out)
+def _lloyd(file, centres, batch, rounds=50, least=1e-3):
+    "k-means on the vectors in the file, a batch in memory at a time: the final centres, and the nearest of every vector."
+    n, dims = centres.shape
+    for i in range(rounds):
+        file.seek(0)
+        total, count, label = np.zeros((n, dims)), np.zeros(n), []
+        while len(v := np.fromfile(file, "<f4", batch * dims).reshape(-1, dims)):
+            label.append(((centres**2).sum(1) - 2 * v @ centres.T).argmin(1).astype(np.int32))
+            count += np.bincount(label[-1], minlength=n)
+            total += np.stack([np.bincount(label[-1], v[:, j], n) for j in range(dims)], 1)
+        new = np.where(count[:, None] > 0, total / np.maximum(count, 1)[:, None], centres)
+        moved = ((new - centres)**2).sum(1).max()**.5
+        if moved < least or i == rounds - 1: return centres, np.concatenate(label)
+        centres = new
 
 # %% ../nbs/02c_atlas.ipynb #54af5d73
 def stream_domains(
@@ -356,16 +366,17 @@ def stream_domains(
     read = _again(source)
     some, total = _reservoir(read(), sample, seed)
     if not 1 < n <= len(some): raise DataError(f"expected between 2 and {len(some)} domains (the size of the sample), found n={n}.")
-    space, router = _embedding(_counts(_checked(some)), seed) if embed is None else (_given(some, embed), {})
+    if embed is not None and not callable(embed): raise DataError(f"expected `embed` as a function of a list of texts to vectors, found {type(embed).__name__}. The texts of a stream are not all there at once.")
+    space, router = _embedding(_counts(some), seed) if embed is None else (_given(some, embed), {})
     fits = [_kmeans(n, seed + i, len(some)).fit(space) for i in (0, 1)]
     vectors = (lambda texts: _place(_counts(texts), router)) if embed is None else lambda texts: _given(texts, embed, space.shape[1])
     with tempfile.TemporaryFile(dir=folder) as file:
-        centres, size = _second_pass(read, vectors, file, n, fits[0].cluster_centers_, batch)
-        label = _third_pass(file, centres, space.shape[1], batch)
+        size = _second_pass(read, vectors, file, batch)
+        centres, label = _lloyd(file, fits[0].cluster_centers_, batch) if len(size) == total else (None, size)
     if len(label) != total: raise DataError(f"expected the same stream twice, found {total} documents first and {len(label)} then. Does the function open it anew each time?")
     order = np.argsort(-np.bincount(label, minlength=n), kind="stable")
-    label, centres, names = np.argsort(order)[label].astype(np.int16), centres[order], np.array([f"cluster{i}" for i in range(n)])
-    again = near_duplicates(read() if not isinstance(source, list) else iter(source), folder=folder)["position"].to_numpy() if duplicates else np.zeros(0, int)
+    label, centres, names = np.argsort(order)[label].astype(np.int32), centres[order], np.array([f"cluster{i}" for i in range(n)])
+    again = near_duplicates(iter(read()), folder=folder)["position"].to_numpy() if duplicates else np.zeros(0, int)
     near = ((centres**2).sum(1) - 2 * space @ centres.T).argmin(1)
     return _streamed(label, size, again, names, centres, router, some, near, seed, _agreement(*(f.labels_ for f in fits)))
 

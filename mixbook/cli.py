@@ -270,7 +270,7 @@ def split(
     from mixbook.clustered import cluster_corpus
     from mixbook.core import one_of
     from mixbook.decoder import ProxyConfig
-    from mixbook.specialise import specialise
+    from mixbook.split_study import specialise
     text = _corpus_at(corpus)
     if clusters and domains: raise DataError("expected domains of the corpus or clusters to find, found both. Leave one out.")
     if clusters: text = cluster_corpus(text, clusters, by=one_of(by, ("cluster", "balanced", "hierarchical"), what="way"), names=2)

@@ -182,7 +182,7 @@ def _mauve_vectors(x, y): return 1 - mauve_of(x, y)
 
 def _histogram_rows(texts, hows, n, unit, buckets, seed):
     "Rows for the divergences of histograms."
-    half = {d: [_counts_of(h, n, buckets, unit) for h in _halves(v, seed)] for d, v in texts.items()}
+    half = {d: [_counts_of(h, n, buckets, unit, of=d) for h in _halves(v, seed)] for d, v in texts.items()}
     p, share = {d: sum(h) / sum(h).sum() for d, h in half.items()}, lambda h: h / h.sum()
     for how in hows:
         f = divergences[how]
@@ -250,31 +250,54 @@ def _spearman(x, y):
     return float(x @ y / scale) if scale > 0 else 0.
 
 # %% ../nbs/02d_distances.ipynb #bccc1fb7
-def predictor_table(
-    distances, # Of `distance_table`, or a mapping of name to (k, k) frame
-    gaps:pd.DataFrame, # (k, k) measured gaps, as of `cross_gap`; the diagonal is not used
-    *,
-    by:str="domains", # What the bootstrap draws: 'domains' or 'pairs'
-    resamples:int=1000, # Bootstrap resamples
-    level:float=.95, # Of the interval
-    seed:int=0, # Of the resamples
-)->pd.DataFrame: # Index distance: rho, lo, hi, pairs, domains; the best first
-    "How well each distance ranks the measured gaps: Spearman's ρ over ordered pairs of domains, with a bootstrap interval."
-    one_of(by, ("domains", "pairs"), what="bootstrap")
-    names, k = list(gaps.index), len(gaps)
-    if k < 3: raise DataError(f"expected at least 3 domains, found {k}: a rank correlation needs more than one pair each way.")
-    if set(gaps.columns) != set(names): raise DataError(f"expected the same domains as rows and columns of gaps, found {names} and {list(gaps.columns)}.")
-    G, D = _matrices({"gap": gaps}, names)["gap"], _matrices(distances, names)
+def _drawn_pairs(k, by, resamples, rng):
+    "Rows and columns of the pairs in each bootstrap resample."
     i, j = np.nonzero(~np.eye(k, dtype=bool))
-    rng, draws = np.random.default_rng(seed), []
+    draws = []
     while len(draws) < resamples:
         if by == "pairs": pick = rng.integers(0, len(i), len(i)); draws.append((i[pick], j[pick])); continue
         d = rng.integers(0, k, k)
         if len(set(d.tolist())) < 3: continue
         a, b = np.repeat(d, k), np.tile(d, k)
         draws.append((a[a != b], b[a != b]))
-    rows = []
+    return draws
+
+def _mantel(m, G, permutations, rng):
+    "Share of the namings of the domains under which `m` ranks `G` at least as well."
+    from itertools import permutations as namings
+    from math import factorial
+    from scipy.stats import rankdata
+    k = len(G)
+    i, j = np.nonzero(~np.eye(k, dtype=bool))
+    ranks = np.zeros((k, k))
+    ranks[i, j] = rankdata(m[i, j])
+    g = rankdata(G[i, j])
+    g = g - g.mean()
+    o = np.array(list(namings(range(k)))) if factorial(k) <= permutations + 1 else np.vstack([np.arange(k), rng.permuted(np.tile(np.arange(k), (permutations, 1)), axis=1)])
+    value = ranks[o[:, i], o[:, j]] @ g
+    return float((value >= value[0] - 1e-9 * max(1, abs(value[0]))).mean())
+
+# %% ../nbs/02d_distances.ipynb #1407e5cc
+def predictor_table(
+    distances, # Of `distance_table`, or a mapping of name to (k, k) frame
+    gaps:pd.DataFrame, # (k, k) measured gaps, as of `cross_gap`; the diagonal is not used
+    *,
+    by:str="domains", # What the bootstrap draws: 'domains' or 'pairs'
+    resamples:int=1000, # Bootstrap resamples
+    permutations:int=4999, # Most namings of the domains in the permutation test
+    level:float=.95, # Of the interval
+    seed:int=0, # Of the resamples
+)->pd.DataFrame: # Index distance: rho, lo, hi, p (Mantel, one-sided), pairs, domains; the best first
+    "How well each distance ranks the measured gaps: Spearman's ρ over ordered pairs of domains, with a bootstrap interval and a permutation test."
+    one_of(by, ("domains", "pairs"), what="bootstrap")
+    names, k = list(gaps.index), len(gaps)
+    if k < 3: raise DataError(f"expected at least 3 domains, found {k}: a rank correlation needs more than one pair each way.")
+    if resamples < 1 or permutations < 1 or not 0 < level < 1: raise DataError(f"expected at least one resample and one permutation and a level between 0 and 1, found {resamples}, {permutations} and {level}.")
+    if gaps.index.has_duplicates or set(gaps.columns) != set(names): raise DataError(f"expected the same domains as rows and columns of gaps, found {names} and {list(gaps.columns)}.")
+    G, D = _matrices({"gap": gaps}, names)["gap"], _matrices(distances, names)
+    i, j = np.nonzero(~np.eye(k, dtype=bool))
+    draws, rows = _drawn_pairs(k, by, resamples, np.random.default_rng(seed)), []
     for name, m in D.items():
         lo, hi = np.quantile([_spearman(m[o], G[o]) for o in draws], [(1 - level) / 2, (1 + level) / 2])
-        rows.append(dict(distance=name, rho=_spearman(m[i, j], G[i, j]), lo=lo, hi=hi, pairs=len(i), domains=k))
+        rows.append(dict(distance=name, rho=_spearman(m[i, j], G[i, j]), lo=lo, hi=hi, p=_mantel(m, G, permutations, np.random.default_rng(seed)), pairs=len(i), domains=k))
     return pd.DataFrame(rows).set_index("distance").sort_values("rho", ascending=False)

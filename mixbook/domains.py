@@ -73,15 +73,23 @@ def _space_of(texts, embed, seed, x=None):
     return space, dict(dims=space.shape[1])
 
 # %% ../nbs/02_domains.ipynb #819b955a
-def _checked(texts, of=None):
-    "`texts` as a list of strings, or an error that says which is none."
+def _checked(texts, of=None, first=0):
+    "`texts` as a list of strings, or an error that says which is none; positions count from `first`."
     where = "" if of is None else f" in domain {of!r}"
     if isinstance(texts, str): raise DataError(f"expected several texts{where}, found one string. Put it in a list.")
-    texts = list(texts)
+    try: texts = list(texts)
+    except TypeError: raise DataError(f"expected several texts{where}, found {type(texts).__name__}. Pass a list.") from None
     for i, t in enumerate(texts):
-        if not isinstance(t, str): raise DataError(f"expected texts{where}, found {type(t).__name__} at position {i}. Name the text column with text=…, or drop missing values.")
+        if not isinstance(t, str): raise DataError(f"expected texts{where}, found {type(t).__name__} at position {first + i}. Name the text column with text=…, or drop missing values.")
     if not texts: raise DataError(f"expected at least one text{where}, found none." + ("" if of is None else " Leave the domain out."))
     return texts
+
+def _named(source):
+    "A mapping of domain to texts under names that are strings, no two of them equal."
+    names = [str(d) for d in source]
+    twice = [d for d, c in Counter(names).items() if c > 1]
+    if twice: raise DataError(f"expected domains of different names, found {twice[0]!r} twice (as {' and '.join(type(d).__name__ for d in source if str(d) == twice[0])}). Rename one.")
+    return dict(zip(names, source.values()))
 
 # %% ../nbs/02_domains.ipynb #f11705c3
 scorers = Registry("score")
@@ -254,14 +262,14 @@ def _labels(frame, label):
     if len(gone): raise DataError(f"expected a label in every row, found none in {len(gone)} of {len(frame)} (first: row {frame.index[gone[0]]!r}). Fill column {label!r}, drop those rows, or use by='cluster'.")
     return frame[label].astype(str).to_numpy(str)
 
-def _documents(source, text, label, per_domain=2_000):
+def _documents(source, text, label):
     "Texts, labels (or None) and index of a Corpus, frame, mapping or list."
-    if hasattr(source, "texts") and hasattr(source, "domains"): source = {d: [t for t, _ in zip(source.texts(d), range(per_domain))] for d in source.domains}
+    if hasattr(source, "texts") and hasattr(source, "domains"): source = {d: source.texts(d) for d in source.domains}
     if isinstance(source, pd.DataFrame):
         if text not in source: raise DataError(f"missing column {text!r}{did_you_mean(text, map(str, source.columns))}")
         return _checked(source[text]), _labels(source, label), source.index
     if isinstance(source, Mapping):
-        source = {str(k): _checked(v, of=k) for k, v in source.items()}
+        source = {k: _checked(v, of=k) for k, v in _named(source).items()}
         source, labels = [t for v in source.values() for t in v], np.repeat(list(source), [len(v) for v in source.values()])
     else: source, labels = (source.tolist(), None) if hasattr(source, "tolist") else (source, None)
     return (texts := _checked(source)), labels, pd.RangeIndex(len(texts))
@@ -301,7 +309,10 @@ def _renamed(table, found, words):
 
 def _found(by, n, texts, labels, label, seed, embed, x, space):
     "The domain of each text, the name of the way, and its stability."
-    if callable(by): return np.array([str(by(t)) for t in texts]), getattr(by, "__name__", "function"), None
+    if callable(by):
+        got = pd.Series([by(t) for t in texts], dtype=object)
+        if (gone := got.index[got.isna()]).size: raise DataError(f"expected a domain for every text from `by`, found none for {len(gone)} of {len(got)} (first: position {gone[0]}). Return a name for those too.")
+        return got.map(str).to_numpy(str), getattr(by, "__name__", "function"), None
     if by == "label":
         if labels is None: raise DataError(f"expected a label for every text, found no column {label!r}. Pass label='column', a mapping of domain to texts, or by='cluster'.")
         return labels, by, None
@@ -376,16 +387,17 @@ divergences.register("frontier", "mixbook.distances:frontier_integral")
 _IN_NATS = ("js", "kl")
 
 # %% ../nbs/02_domains.ipynb #a97f5d78
-def _counts_of(o, n, buckets, unit):
-    "Counts of text, or of a vector of counts or shares as it is."
+def _counts_of(o, n, buckets, unit, of=None):
+    "Counts of text (of domain `of`), or of a vector of counts or shares as it is."
     if isinstance(o, str): o = [o]
     o = o if isinstance(o, (np.ndarray, pd.Series)) else list(o)
-    if len(o) and not isinstance(o[0] if not isinstance(o, pd.Series) else o.iloc[0], str):
+    if len(o) and not any(isinstance(t, str) for t in o[:2]):
         v = np.asarray(o, float)
         if v.ndim != 1 or not np.isfinite(v).all() or (v < 0).any() or v.sum() <= 0: raise DataError("expected a vector of counts or shares (finite, not negative, not all zero), found another. Pass texts, or np.bincount(…).")
         return v
-    out = _ngrams(o, n, buckets, unit)
-    if not out.sum(): raise DataError(f"expected text with at least {n} {unit}s, found none. Pass longer texts or a smaller n.")
+    if n < 1 or buckets < 2: raise DataError(f"expected n-grams of at least 1 {unit} in at least 2 buckets, found n={n} and buckets={buckets}.")
+    out = _ngrams(_checked(o, of=of) if len(o) else [], n, buckets, unit)
+    if not out.sum(): raise DataError(f"expected text with at least {n} {unit}s{'' if of is None else f' in each half of domain {of!r}'}, found none. Pass longer texts or a smaller n{'' if of is None else ', or leave the domain out'}.")
     return out
 
 def divergence(
@@ -416,13 +428,13 @@ def _by_domain(source, most):
     "Texts by domain, of each at most about `most` characters."
     if hasattr(source, "texts") and hasattr(source, "domains"): source = {d: source.texts(d) for d in source.domains}
     if not isinstance(source, Mapping): raise DataError(f"expected a Corpus or a mapping of domain to texts, found {type(source).__name__}. Use {{'name': texts, …}}.")
-    def some(texts):
+    def some(d, texts):
         left = most
-        for t in texts:
-            yield t[:left]
+        for i, t in enumerate([texts] if isinstance(texts, str) else texts if hasattr(texts, "__iter__") else _checked(texts, of=d)):
+            yield _checked([t], of=d, first=i)[0][:left]
             if (left := left - len(t)) <= 0: return
     if not source: raise DataError("expected at least one domain, found none. Use {'name': texts, …}.")
-    return {d: _checked(some([v] if isinstance(v, str) else v), of=d) for d, v in source.items()}
+    return {d: _checked(some(d, v), of=d) for d, v in _named(source).items()}
 
 # %% ../nbs/02_domains.ipynb #514799d0
 def divergence_matrix(
@@ -437,7 +449,7 @@ def divergence_matrix(
 )->pd.DataFrame: # (k, k); diagonal: two random halves of the domain
     "The divergence of every pair of domains, in nats, with the noise floor on the diagonal."
     f, texts = divergences[how], _by_domain(source, most)
-    half = {d: [_counts_of(h, n, buckets, one_of(unit, ("byte", "word"), what="unit")) for h in _halves(v, seed)] for d, v in texts.items()}
+    half = {d: [_counts_of(h, n, buckets, one_of(unit, ("byte", "word"), what="unit"), of=d) for h in _halves(v, seed)] for d, v in texts.items()}
     p = {d: (a + b) / (a + b).sum() for d, (a, b) in half.items()}
     return pd.DataFrame({b: {a: f(half[a][0] / half[a][0].sum(), half[a][1] / half[a][1].sum()) if a == b else f(p[a], p[b]) for a in p} for b in p}).rename_axis("domain")
 

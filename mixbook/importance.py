@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 import numpy as np, pandas as pd
 from .core import DataError, Record, one_of, run_id
+from .domains import _checked
 from .selection import TokenTable
 from .stream import _windows
 
@@ -90,8 +91,10 @@ def hashed_ngrams(
     "Count the hashed n-grams of each document."
     from scipy.sparse import csr_matrix
     if isinstance(texts, str): raise DataError("expected several texts, found one string. Put it in a list.")
+    if buckets < 1 or not sizes or min(sizes) < 1: raise DataError(f"expected lengths of n-grams of at least 1 and at least one bucket, found sizes={sizes} and buckets={buckets}.")
     columns, ends = [], [0]
-    for t in texts:
+    for i, t in enumerate(texts):
+        _checked([t], first=i)
         words = _PIECE.findall(t.lower())
         columns += [_bucket(" ".join(g), buckets) for n in sizes for g in zip(*(words[i:] for i in range(n)))]
         ends.append(len(columns))
@@ -170,6 +173,7 @@ def nested_clusters(
     "Divide `general` by k-means in `levels`, and place `others` at the nearest centres."
     from sklearn.cluster import KMeans, MiniBatchKMeans
     sets = [np.asarray(general, float), *(np.asarray(o, float) for o in others)]
+    if not len(levels) or min(levels) < 1 or not len(sets[0]): raise DataError(f"expected documents and at least one level of one or more clusters, found {len(sets[0])} documents and levels={levels}.")
     for o in sets:
         if o.ndim != 2 or o.shape[1] != sets[0].shape[1] or not np.isfinite(o).all(): raise DataError(f"expected finite vectors (documents, {sets[0].shape[-1]}), found shape {o.shape} with {int((~np.isfinite(o)).sum())} numbers that are not finite. Embed all texts in the same way.")
     labels = [np.zeros(len(o), np.int64) for o in sets]
@@ -191,11 +195,12 @@ def embed_ngrams(
     seed:int=0, # Of the decomposition
 )->list[np.ndarray]: # (documents, dims) unit vectors of each
     "Embed hashed n-grams: tf-idf, the leading directions of a singular value decomposition, length one."
+    if not min(general.shape) > 1 or any(o.shape[1] != general.shape[1] for o in others): raise DataError(f"expected counts of at least two documents in the same buckets, found shapes {[o.shape for o in (general, *others)]}. Count all with the same `buckets`.")
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfTransformer
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import Normalizer
-    pipe = make_pipeline(TfidfTransformer(sublinear_tf=True), TruncatedSVD(dims, random_state=seed), Normalizer()).fit(general)
+    pipe = make_pipeline(TfidfTransformer(sublinear_tf=True), TruncatedSVD(max(1, min(dims, *(n - 1 for n in general.shape))), random_state=seed), Normalizer()).fit(general)
     return [pipe.transform(x) for x in (general, *others)]
 
 # %% ../nbs/08b_importance.ipynb #40c590e4
@@ -208,9 +213,17 @@ def _capped(p, most):
         out[free] = p[free]*rest/left if left > 0 else rest*most[free]/max(most[free].sum(), 1e-300)
     return out
 
+def _clusters(o, what, most=np.inf):
+    "Clusters of documents as whole numbers from 0, checked."
+    v = np.asarray(o)
+    try: bad = np.flatnonzero(~((v.astype(float) >= 0) & (v.astype(float) < most) & (v.astype(float) % 1 == 0))) if v.ndim == 1 else None
+    except (TypeError, ValueError): bad = None
+    if bad is None or len(bad): raise DataError(f"expected the cluster of each {what} document as a whole number from 0{'' if most == np.inf else f' to {most - 1}'}, found {f'an array of shape {v.shape} and {v.dtype}' if bad is None else f'{v[bad[0]]!r} at position {bad[0]} ({len(bad)} such)'}. Take what `nested_clusters` gives, or use np.unique(labels, return_inverse=True)[1].")
+    return v.astype(np.int64)
+
 def _histograms(general, target, smooth, prior):
     "Documents per cluster of both, smoothed shares of the target, and its share that no general document can stand for."
-    N, n = (np.bincount(np.asarray(x, np.int64), minlength=max(np.max(general), np.max(target)) + 1).astype(float) for x in (general, target))
+    N, n = (np.bincount(x, minlength=max(np.max(general), np.max(target)) + 1).astype(float) for x in (general, target))
     lost, here = n[N == 0].sum()/n.sum(), N > 0; n = np.where(here, n, 0)
     base = here*1. if prior == "uniform" else here.sum()*N/N.sum()
     if smooth == 0 and not n.sum(): raise DataError("expected target documents in clusters that the general corpus has, found none. Use fewer clusters, or smooth.")
@@ -229,14 +242,15 @@ class ClusterWeights(Record):
         labels, # Cluster of each general document
     )->np.ndarray: # Weights, one on average over the general corpus
         "The weight of each document."
-        return self.table["weight"].to_numpy()[np.asarray(labels)]
+        return self.table["weight"].to_numpy()[_clusters(labels, "general", len(self.table))]
     def draw(self,
         labels, # Cluster of each general document
         n:int, # Documents to draw
         seed:int=0, # Of the draw
     )->np.ndarray: # (n,) positions; a document repeats only when all of its cluster have been read as often
         "Draw `n` documents: clusters in their target shares, inside a cluster evenly."
-        rng, labels, p = np.random.default_rng(seed), np.asarray(labels), self.table["share_target"].to_numpy()
+        rng, labels, p = np.random.default_rng(seed), _clusters(labels, "general", len(self.table)), self.table["share_target"].to_numpy()
+        if n < 1 or (np.bincount(labels, minlength=len(p))[p > 0] == 0).any(): raise DataError(f"expected to draw at least one document, from the general documents that the weights were made for; found n={n} and {len(labels)} labels for {int(self.table['general'].sum())} documents.")
         ends = np.minimum(np.floor(np.cumsum(p)*n + rng.random()).astype(int), n); ends[p.nonzero()[0][-1]:] = n  # cumulated shares may miss one by a hair
         take, out = np.diff(ends, prepend=0), []
         for c in take.nonzero()[0]:
@@ -257,6 +271,7 @@ def cluster_weights(
     "Importance of clusters of general text for a target (CRISP)."
     one_of(prior, ("uniform", "general"), what="prior")
     if not len(general) or not len(target): raise DataError(f"expected documents of both, found {len(general)} general and {len(target)} of the target.")
+    general, target = _clusters(general, "general"), _clusters(target, "target")
     if smooth < 0 or (max_repeats is None) != (draws is None): raise DataError(f"expected `smooth` of at least 0, and `draws` and `max_repeats` together; found {smooth}, {draws} and {max_repeats}.")
     N, n, p, lost = _histograms(general, target, smooth, prior)
     if max_repeats is not None:

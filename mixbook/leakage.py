@@ -17,14 +17,14 @@ import numpy as np, pandas as pd
 from .atlas import stream_domains
 from .core import DataError, Registry, one_of
 from .dedup import _K, _batches, _mix, candidate_chance, contamination, jaccard, near_duplicates
-from .domains import _checked, _counts, _given, _scaled
+from .domains import _checked, _counts, _given, _named, _scaled
 
 # %% ../nbs/02e_leakage.ipynb #8873a10b
 def _domains_of(source):
     "Texts by domain as lists, checked."
     if hasattr(source, "texts") and hasattr(source, "domains"): source = {d: source.texts(d) for d in source.domains}
     if not isinstance(source, Mapping) or not source: raise DataError(f"expected a Corpus or a mapping of domain to texts, found {'an empty one' if isinstance(source, Mapping) else type(source).__name__}. Use {{'name': texts, …}}.")
-    return {str(d): _checked(v, of=d) for d, v in source.items()}
+    return {d: _checked(v, of=d) for d, v in _named(source).items()}
 
 def _copies(texts, threshold, bands, rows):
     "Domain of each document, and the near duplicates with the domain of the document that stays."
@@ -272,8 +272,10 @@ def _found(o, rule, i):
 def _training(train):
     "The training texts as one stream."
     if isinstance(train, str): raise DataError("expected a list of training texts, found one string. Put it in a list.")
-    if hasattr(train, "texts") and hasattr(train, "domains"): return (t for d in train.domains for t in train.texts(d))
-    return (t for v in train.values() for t in v) if isinstance(train, Mapping) else train
+    if isinstance(train, pd.DataFrame): raise DataError(f"expected training texts, found a table with columns {list(train.columns)}. Pass its text column, frame['text'] say.")
+    if hasattr(train, "texts") and hasattr(train, "domains"): train = {d: train.texts(d) for d in train.domains}
+    if not isinstance(train, Mapping) and not hasattr(train, "__iter__"): raise DataError(f"expected training texts, found {type(train).__name__}. Pass a list, a mapping of domain to texts, or a Corpus.")
+    return (_checked([t], of=d, first=i)[0] for d, v in (train.items() if isinstance(train, Mapping) else [(None, train)]) for i, t in enumerate(v))
 
 def _items_of(train, test):
     "Items and the domain of each: from a mapping, a list, or the held-out side of a corpus."
@@ -282,7 +284,7 @@ def _items_of(train, test):
         test = {d: list(train.texts(d, "heldout")) for d in train.domains}
         test = {d: v for d, v in test.items() if v}
     test = {"test": test} if not isinstance(test, Mapping) else test
-    test = {d: _checked(v, of=d) for d, v in test.items()}
+    test = {d: _checked(v, of=d) for d, v in _named(test).items()}
     return [t for v in test.values() for t in v], np.repeat([str(d) for d in test], [len(v) for v in test.values()])
 
 # %% ../nbs/02e_leakage.ipynb #f9610474
@@ -415,7 +417,7 @@ def bench_domains(
     rows:int=8, # Numbers in a band
     folder=None, # Where the temporary files shall stand
     seed:int=0, # Of the documents
-)->pd.DataFrame: # Rows make, cluster, duplicates, all: seconds, documents per second, peak memory in MB so far, and what was found
+)->pd.DataFrame: # Rows make, cluster, duplicates, all (without make): seconds by the clock and of the processor, documents per second, peak memory of the process in MB so far, and what was found
     "Time clustering and the search for near duplicates on a stream of `n` short documents, and check both against what was planted."
     from sklearn.metrics import adjusted_rand_score
     from mixbook.corpus import installed_corpus
@@ -424,11 +426,11 @@ def bench_domains(
         texts = {d: list(corpus.texts(d)) for d in corpus.domains}
     source, rows_ = Mosaic(n, texts, seed=seed), []
     def timed(stage, f, told):
-        t = time.perf_counter()
+        t, c = time.perf_counter(), time.process_time()
         out = f()
-        rows_.append(dict(stage=stage, seconds=time.perf_counter() - t, peak_mb=_peak() / 2**20, **told(out)))
+        rows_.append(dict(stage=stage, seconds=time.perf_counter() - t, cpu_seconds=time.process_time() - c, peak_mb=_peak() / 2**20, **told(out)))
     timed("make", lambda: sum(len(t) for t in source), lambda size: dict(bytes_per_document=size / n))
     timed("cluster", lambda: stream_domains(source, domains or len(source.kinds), folder=folder, seed=seed), lambda a: dict(agreement=adjusted_rand_score(source.kind(np.arange(n)), a.assignment.cat.codes)))
     timed("duplicates", lambda: near_duplicates(iter(source), threshold, bands=bands, rows=rows, folder=folder), lambda found: _recall(found, source, threshold, bands, rows))
-    rows_.append(dict(stage="all", seconds=sum(r["seconds"] for r in rows_[1:]), peak_mb=_peak() / 2**20))
+    rows_.append(dict(stage="all", **{k: sum(r[k] for r in rows_[1:]) for k in ("seconds", "cpu_seconds")}, peak_mb=_peak() / 2**20))
     return pd.DataFrame(rows_).set_index("stage").assign(per_second=lambda t: n / t["seconds"])

@@ -143,6 +143,7 @@ def train_checkpoints(
             t.advance(); bar.update()
     return Trunk(corpus, w, config, seed, warmup, average, run, dict(sorted(states.items())), pd.DataFrame(rows), time.perf_counter() - start)
 
+# %% ../nbs/09_split.ipynb #99131c92
 _STATE = ("flat", "mean", "m", "v")
 
 def _keep_state(path, state, row):
@@ -236,6 +237,7 @@ def _steps_by_group(tokens, names, config):
     if lacks := [n for n in names if n not in tokens]: raise DataError(f"expected branch tokens for each group, found none for {lacks[0]!r}.")
     return {n: whole_steps_of(tokens[n], config, "branch tokens") for n in names}
 
+# %% ../nbs/09_split.ipynb #41c3539b
 def _state_at(trunk, start):
     D = whole_steps_of([start], trunk.config)[0]*trunk.per_step
     if D not in trunk.states: raise DataError(f"expected a state of the trunk at {start:,} tokens, found states at {', '.join(f'{t:,}' for t in trunk.states)}. Keep it with `train_checkpoints`.")
@@ -298,6 +300,7 @@ def _train_missing(o, path, progress):
         out = train_branches(trunk, a*o.per, {n: [j*o.per for j in v] for n, v in steps.items()}, groups={n: members[n] for n in steps}, replay=r, cool=o.cool*o.per, passes=o.passes, device=o.device, progress=progress)
         write_runs(pd.concat([p.curve for p in out.values()], ignore_index=True), path)
 
+# %% ../nbs/09_split.ipynb #993235b9
 def _known(path): return set(zip(*(read_runs(path)[["run", "step"]].to_numpy().T))) if list(Path(path).glob("*.parquet")) else set()
 
 def _run_all(jobs, path, n_workers, dry, progress):
@@ -437,6 +440,7 @@ def _group_shares(runs, rows, names, weights, replay):
     if q.isna().any() or abs(q.sum() - 1) > 1e-6: raise DataError(f"expected weights of {', '.join(names)} that sum to 1, found {q.round(6).to_dict()}. Name the groups of one system, or give `weights`.")
     return G.div(G.sum(axis=1), axis=0), q
 
+# %% ../nbs/09_split.ipynb #c8bbe40d
 def paired_interval(
     values, # One difference for each seed
     level:float=.95, # Of the interval

@@ -100,6 +100,38 @@ def test_gap_and_predictors_find_what_was_planted():
     assert predictor_table(long, gaps, resamples=50).loc["true", "rho"] == pytest.approx(1)
     assert np.allclose(predictor_table({"true": true}, gaps.mask(np.eye(k, dtype=bool)), resamples=50)["rho"], 1)  # the diagonal is not used
 
+def planted_pairs(k, rng, related):
+    "Domains are points; the gap is their distance, or that of other points, with a part for each domain and noise."
+    far = lambda: (lambda z: np.linalg.norm(z[:, None] - z[None], axis=-1))(rng.normal(size=(k, 2)))
+    d = far()
+    own = rng.normal(size=(2, k, 1)) * .5
+    return [pd.DataFrame(o, index=range(k), columns=range(k)) for o in (d, (d if related else far()) + own[0] + own[1].T + .6 * rng.normal(size=(k, k)))]
+
+def test_intervals_keep_their_promise_and_the_permutation_test_its_level():
+    wide = ~np.eye(600, dtype=bool)
+    goal = np.corrcoef(*(pd.Series(o.to_numpy()[wide]).rank() for o in planted_pairs(600, np.random.default_rng(9), True)))[0, 1]
+    rows = []
+    for s in range(100):
+        rng = np.random.default_rng(s)
+        D, G = planted_pairs(6, rng, True)
+        t = predictor_table({"d": D}, G, resamples=100, permutations=199, seed=s).iloc[0]
+        D, G = planted_pairs(6, rng, False)
+        rows.append((t["lo"] <= goal <= t["hi"], t["p"] <= .05, predictor_table({"d": D}, G, resamples=2, permutations=199, seed=s)["p"].iloc[0] <= .05))
+    covered, power, level = np.mean(rows, 0)
+    assert covered > .88 and power > .5 and level < .13, (covered, power, level)
+
+def test_mantel_counts_all_namings_of_few_domains():
+    rng, names = np.random.default_rng(0), list("abcd")
+    D, G = (pd.DataFrame(rng.random((4, 4)), names, names) for _ in range(2))
+    i, j = np.nonzero(~np.eye(4, dtype=bool))
+    rho = lambda o: pd.Series(D.to_numpy()[np.ix_(o, o)][i, j]).corr(pd.Series(G.to_numpy()[i, j]), method="spearman")
+    from itertools import permutations
+    every = np.array([rho(list(o)) for o in permutations(range(4))])
+    t = predictor_table({"d": D, "same": G, "flat": D * 0}, G, resamples=10)
+    assert t.loc["d", "p"] == pytest.approx((every >= every[0] - 1e-12).mean()) and t.loc["same", "p"] == pytest.approx(1 / 24) and t.loc["flat", "p"] == 1 and t.loc["flat", "rho"] == 0
+    many = pd.DataFrame(rng.random((9, 9)))
+    assert predictor_table({"same": many}, many, permutations=99, resamples=10)["p"].iloc[0] == pytest.approx(.01)
+
 def test_lazy_names_stand_in_the_registry():
     assert {"js", "kl", "hellinger", "mauve", "frontier"} <= set(divergences) and divergences["mauve"] is mauve_gap
 
@@ -112,6 +144,8 @@ two = pd.DataFrame([[0., 1], [1, 0]], index=["a", "b"], columns=["a", "b"])
     (lambda: distance_table({"a": ["some text"] * 20, "b": ["other"] * 3}, hows="mmd"), r"fewer in \['b'\]"), (lambda: distance_table(texts_of(), hows="jss"), "did you mean 'js'"),
     (lambda: distance_table(texts_of(), hows="mmd", embed=lambda t: np.full((len(t), 2), np.nan)), "NaN or infinity"),
     (lambda: cross_gap(two.iloc[:1]), "same domains"), (lambda: cross_gap(two * np.nan), "finite losses"), (lambda: cross_gap([[0]]), "table of losses"),
-    (lambda: predictor_table({"x": two}, two), "at least 3 domains"), (lambda: js_bias([1, 2], [1, 2, 3]), "one length")])
+    (lambda: predictor_table({"x": two}, two), "at least 3 domains"), (lambda: predictor_table({}, pd.DataFrame(np.ones((3, 3)), list("aab"), list("aab"))), "same domains"), (lambda: predictor_table({}, pd.DataFrame(np.ones((3, 3))), level=2), "level between 0 and 1"),
+    (lambda: predictor_table({"x": pd.DataFrame(np.full((3, 3), np.nan))}, pd.DataFrame(np.ones((3, 3)))), "finite 'x'"), (lambda: predictor_table({"x": two}, pd.DataFrame([[0, 1, np.nan]] * 3)), "finite 'gap'"), (lambda: predictor_table(pd.DataFrame(dict(a=[1])), pd.DataFrame(np.ones((3, 3)))), "columns a, b, distance, value"),
+    (lambda: distance_table({"a": ["some text"] * 20, "b": ["other", None] * 10}), "in domain 'b', found NoneType at position 1"), (lambda: distance_table({"a": ["some text"] * 4, "b": ["x"]}, hows="js"), "each half of domain 'b'"), (lambda: mmd_test([[1.]], [[2.], [3.]]), "at least 2 vectors"), (lambda: js_bias([1, 2], [1, 2, 3]), "one length")])
 def test_errors(call, message):
     with pytest.raises(DataError, match=message): call()

@@ -4,7 +4,7 @@ import mixbook.selection as ms
 from mixbook.core import DataError, UnsupportedError
 from mixbook.corpus import toy_corpus
 from mixbook.decoder import AutogradStep, Decoder, HandStep, ProxyConfig, gradients, token_losses
-from mixbook.importance import ClusterWeights, SubCorpus, cluster_weights, dsir_weights, gumbel_top, hashed_ngrams, kl_reduction, nested_clusters, passage_weights, passages, select_dsir
+from mixbook.importance import ClusterWeights, SubCorpus, cluster_weights, dsir_weights, embed_ngrams, gumbel_top, hashed_ngrams, kl_reduction, nested_clusters, passage_weights, passages, select_dsir
 from mixbook.proxy import _batch, flatten, train_proxies, train_proxy
 from mixbook.selection import (Objective, TokenTable, balance_weights, contributions, excess_loss, item_gradients, moore_lewis, reference_losses, replay_mixture, target_gradient, token_scores, top_tokens,
                                train_weighted, weighted_gradients)
@@ -314,6 +314,15 @@ def test_what_general_text_cannot_stand_for_is_told():
     c = cluster_weights([0, 0, 1, 1], [0, 2, 2, 2], smooth=0); assert c.unreachable == pytest.approx(.75) and c.of([0, 0, 1, 1]).tolist() == [2, 2, 0, 0]
     with pytest.raises(DataError, match="clusters that the general corpus has"): cluster_weights([0, 1], [2, 2], smooth=0)
     with pytest.raises(DataError, match="`draws` and `max_repeats` together"): cluster_weights([0, 1], [1], draws=3)
+
+@pytest.mark.parametrize("call, said", [
+    (lambda: cluster_weights([0, None, 1], [0]), "general document as a whole number from 0, found None"), (lambda: cluster_weights([0, 1], [0, np.nan]), "target document"), (lambda: cluster_weights([0, -1], [0]), "found -1|found np.int64\\(-1\\)"),
+    (lambda: cluster_weights(["a", "b"], ["a"]), "an array of shape"), (lambda: cluster_weights([[0, 1]], [0]), "an array of shape"), (lambda: cluster_weights([0, 1], []), "found 2 general and 0"), (lambda: cluster_weights([0, 1], [1]).of([2]), "from 0 to 1"),
+    (lambda: cluster_weights([0, 1], [1]).draw([0, 0], 3), "that the weights were made for"), (lambda: cluster_weights([0, 1], [1]).draw([0, 1], 0), "at least one document"),
+    (lambda: hashed_ngrams(["text", 3]), "int at position 1"), (lambda: hashed_ngrams(["text"], sizes=(0,)), "at least 1"), (lambda: select_dsir(["some text"], ["", ""], 1, min_tokens=1, laplace=0.), "n-grams in the target text"), (lambda: select_dsir([], ["text"], 1), "raw text"),
+    (lambda: embed_ngrams(hashed_ngrams(["one"])), "at least two documents"), (lambda: nested_clusters(np.zeros((0, 3))), "found 0 documents"), (lambda: nested_clusters(np.ones((3, 2)), levels=()), "at least one level"), (lambda: nested_clusters(np.ones((3, 2)), [np.ones((3, 5))]), "finite vectors")])
+def test_bad_clusters_and_texts_are_refused(call, said):
+    with pytest.raises(DataError, match=said): call()
 
 def test_nested_clusters_nest_and_place():
     rng = np.random.default_rng(0); centres = rng.normal(size=(6, 8))*10; truth = np.repeat(np.arange(6), 30); x = centres[truth] + rng.normal(size=(180, 8))*.1
