@@ -212,7 +212,7 @@ def export(
     form:str="plain", # plain, or ane: convolutions and one head at a time, for the Neural Engine
     cache:str="state", # state (iOS 18), or io: cache as input and output
     corpus:str=None, # Corpus (as for qat) whose tokenizer is written beside the package
-    tokens:int=1024, # Tokens of text for the proof; 0: no proof
+    tokens:int=1024, # Tokens of text for the proof, the corpus's held-out text where one is given; 0: no proof
     overwrite:bool=False, # Replace what stands at OUT
     dry:bool=False, # Say the sizes, and stop
 ):
@@ -221,12 +221,14 @@ def export(
     from mixbook.device import DeviceConfig
     from mixbook.generate import save_tokenizer
     from mixbook.proxy import load_proxy
+    from mixbook.ship import heldout_text
     at = Path(checkpoint); proxy = load_proxy(at/"model.safetensors" if at.is_dir() else at)
     text = _corpus_at(corpus) if corpus else None
+    if text is not None and text.vocab_size > proxy.config.vocab: raise DataError(f"expected the corpus of the model, of at most {proxy.config.vocab} token ids, found one of {text.vocab_size}. Pass the corpus that it was trained on.")
     made = export_coreml(proxy.model, out, way=way, target=target, config=DeviceConfig(context=context, chunk=chunk, form=form, cache=cache), overwrite=overwrite, dry=dry)
     if dry: return
     if text is not None: save_tokenizer(text, Path(out).parent)
-    _proved(verify_export(made, proxy.model, tokens=tokens) if tokens else verify_export(made))
+    _proved(verify_export(made, proxy.model, tokens=tokens if text is None else heldout_text(text, tokens)) if tokens else verify_export(made))
 
 # %% ../nbs/13_cli.ipynb #38e3564a
 def _proved(proof): # printed; a proof that fails is an error

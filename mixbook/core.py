@@ -13,7 +13,7 @@ __all__ = ['WEIGHT', 'LOSS', 'BPB', 'SCORE', 'INTEGER_COLS', 'MixbookError', 'Da
 # %% ../nbs/00_core.ipynb #1dc9c71b
 import dataclasses, difflib, hashlib, importlib, json, os, tempfile, uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 import numpy as np, pandas as pd
 
@@ -172,14 +172,19 @@ def atomic_path(
 )->Iterator[Path]: # A temporary path beside it to write to
     "Write to the yielded path; on success it replaces `path` in one step, on any error nothing changes."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.parent/f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp.touch()
+        mode = tmp.stat().st_mode & 0o777  # of a new file here; some writers make theirs private
+        tmp.unlink()
         yield tmp
+        tmp.chmod(mode)
         with open(tmp, "rb") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
     except OSError as e: raise DataError(f"could not write {path}: {e.strerror or e}. Free some space or choose another folder; what stood there before is unchanged.") from e
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #fcafd342
 def write_text(

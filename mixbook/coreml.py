@@ -80,14 +80,16 @@ def _job(model, way, target, config, adapters, embedding_bits, functions=None):
     "Check everything and prepare it; raises errors of ours before any converter runs."
     if not isinstance(model, Decoder): raise UnsupportedError(f"expected a Decoder of mixbook, found {type(model).__name__}. Only the decoder has a form for the device; train one with `train_proxy` or `train_qat`.")
     if model.models is not None: raise DataError(f"expected one model, found a stack of {model.models}. Export them one by one.")
+    if "forward" in vars(model) or type(model).forward is not Decoder.forward: raise UnsupportedError(f"the model computes something else than a Decoder of its config: {type(model).__name__} has a `forward` of its own, whose control flow a package cannot hold. Export the Decoder itself.")
+    if not isinstance(config, DeviceConfig): raise DataError(f"expected a `DeviceConfig`, found {type(config).__name__}.")
+    if not isinstance(adapters, dict|None): raise DataError(f"expected adapters as name → file or model, found {type(adapters).__name__}. Pass adapters={{'name': ...}}.")
     adapters, q = dict(adapters or {}), _numbers(model, embedding_bits)
     if not adapters and any(isinstance(m, Adapted) for m in model.modules()): raise DataError("the model has adapters, which a package holds beside the codes, as functions of their own. Pass adapters={'name': model}.")
     for n in adapters:
         if not str(n).isidentifier(): raise DataError(f"expected names of adapters made of letters, digits and _, found {n!r}: they become names of functions.")
     functions = tuple(functions or (("prefill", "decode") if target is None or TARGETS.get(target, 9) >= 9 else ("decode",)))
     for f in functions: one_of(f, ("prefill", "decode"), what="function")
-    needs = {"a cache that is a state": "iOS18"} if config.cache == "state" else {}
-    if len(functions) > 1 or adapters: needs["a package of several functions"] = "iOS18"
+    needs = {k: "iOS18" for k, need in {"a cache that is a state": config.cache == "state", "a package of several functions": len(functions) > 1 or bool(adapters)}.items() if need}
     target = pick_target(target, way, q, needs)
     snapped, changed = _snapped(q, way)
     models = {"": _coded(snapped, model.config)} | {n: _with_adapters(q, snapped, model.config, a) for n, a in adapters.items()}
@@ -117,7 +119,7 @@ def _check_same(model, job, functions, embedding_bits):
     except Exception as e: raise UnsupportedError(f"the model does not take tokens as a Decoder does ({type(e).__name__}: {e}). Only the decoder of mixbook is exported.") from e
     off = float((own - want).std()/own.std()) if want.shape == own.shape else math.inf
     gap = float((device - own).abs().max()/own.std())
-    if not off <= .2 or not gap <= 1e-2: raise UnsupportedError(f"the model computes something else than a Decoder of its config: logits differ by {off:.2g} standard deviations in the plain form, by {gap:.2g} in that for the device. A `forward` or modules of your own cannot be exported.")
+    if not off <= .2 or not gap <= 1e-2: raise UnsupportedError(f"the model computes something else than a Decoder of its config: logits differ by {off:.2g} standard deviations in the plain form, by {gap:.2g} in that for the device. Modules or hooks of your own cannot be exported.")
 
 # %% ../nbs/11_coreml.ipynb #019bab41
 @contextmanager
@@ -193,7 +195,10 @@ def _building(path):
         (work/"scratch").mkdir(parents=True)
         tempfile.tempdir = str(work/"scratch")  # the converter's own temporary packages
         yield work
+        mode = (work/"scratch").stat().st_mode & 0o777  # of a new folder here; the converter makes some of its own private
+        (work/"new.mlpackage").chmod(mode)
         for f in (work/"new.mlpackage").rglob("*"):
+            f.chmod(mode & 0o666 if f.is_file() else mode)
             if f.is_file():
                 with open(f, "rb") as o: os.fsync(o.fileno())
         if path.exists(): os.replace(path, work/"old")
@@ -293,8 +298,8 @@ def _describe(job, path, embedding_bits):
 # %% ../nbs/11_coreml.ipynb #9167a08a
 def _part_of(name, export):
     "Part of the package that the constant `name` of a program belongs to."
-    key = name.removesuffix("_to_fp16")
-    for end in ("_weight", "_scale", "_levels"): key = key.removesuffix(end)
+    key = name
+    for end in ("_levels", "_to_fp16", "_weight", "_scale"): key = key.removesuffix(end)
     if key in export.stored: return export.stored[key][1]
     if key.endswith(("_down", "_up")) and key.rpartition("_")[0] in ("embed", *export.stored): return "adapters"
     return "not quantised" if name.removesuffix("_to_fp16").endswith("_weight") else "tables"
@@ -542,7 +547,8 @@ def _more_checks(export, model, job, x, steps):
     "The model itself against the one that is stored, adapters without a source, and the real runtime."
     yield "codes are those of the model", float(job.snapped.hash == export.codes), 1., job.snapped.hash == export.codes, export.codes
     own, stored = _logits(model, x), job.model(x)
-    yield "change by rounding scales, over sigma", float((stored - own).abs().max()/own.std()), math.nan, None, f"top token equal for {float((stored.argmax(-1) == own.argmax(-1)).float().mean()):.2%}"
+    change, judged = float((stored - own).abs().max()/own.std()), export.embedding_bits is None and not any(isinstance(m, Adapted) for m in model.modules())
+    yield "change by rounding scales, over sigma", change, .1 if judged else math.nan, change <= .1 if judged else None, f"top token equal for {float((stored.argmax(-1) == own.argmax(-1)).float().mean()):.2%}"
     for n in export.adapters:
         if n not in job.models: yield f"logits ({n})", math.nan, math.nan, None, "skipped: give `adapters`"
     yield from _native_checks(export, job, x, steps)
@@ -566,7 +572,8 @@ def verify_export(
     for n in job.models:
         if n: one_of(n, export.adapters, what="adapter of the package")
     weights = _weights(package, export, job)
-    if tokens is None or isinstance(tokens, int): tokens = _sample_text(model.config.vocab, tokens or 2048)
+    if tokens is None or isinstance(tokens, int): tokens = _sample_text(model.config.vocab, 2048 if tokens is None else max(0, tokens))
+    if isinstance(tokens, str): raise DataError("expected a text as token ids, found a string. Encode it: `open_tokenizer(corpus).encode(text)`.")
     windows, names, rows = _windows(tokens, export, steps), list(job.models), []
     with one_thread(), tqdm(total=len(windows) + len(names) - 1, desc="proof", unit="window", disable=not progress, leave=False) as bar:
         for n in names: rows += _logit_checks(_gaps(package, export, job, windows[:1] if n else windows, n, bar), n)
@@ -580,7 +587,8 @@ def _proof(export, checks, weights, more):
 # %% ../nbs/11_coreml.ipynb #72aff8f2
 def _coreai(functions, x, steps):
     "Logits of `functions` with a cache that goes in and out, from Apple's Core AI runtime."
-    import asyncio
+    import asyncio, io
+    from contextlib import redirect_stdout
     from coreai.runtime import NDArray
     from coreai_torch import TorchConverter, get_decomp_table
     converter, names, loop = TorchConverter(), ("tokens", "position", "k_cache", "v_cache"), asyncio.new_event_loop()
@@ -588,7 +596,7 @@ def _coreai(functions, x, steps):
         example = torch.zeros(m.config.batch, m.tokens, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), *(torch.zeros(m.cache_shape) for _ in range(2))
         converter.add_exported_program(torch.export.export(m, example).run_decompositions(get_decomp_table()), input_names=names, output_names=("logits", "k_cache_out", "v_cache_out"), entrypoint_name=n)
     with tempfile.TemporaryDirectory() as folder:
-        loading = converter.to_coreai().save_asset(Path(folder)/"model.aimodel").executable()
+        with redirect_stdout(io.StringIO()): loading = converter.to_coreai().save_asset(Path(folder)/"model.aimodel").executable()
         model = loop.run_until_complete(loading.__aenter__())
         def predict(f): return lambda inputs, state: {k: torch.from_numpy(np.array(v.numpy())) for k, v in loop.run_until_complete(f({k: NDArray(v.numpy()) for k, v in inputs.items()})).items()}
         try: return run_device({n: _Called(predict(model.load_function(n)), None, m, m.cache_shape, {}) for n, m in functions.items()}, x, steps=steps)
@@ -605,10 +613,12 @@ def coreai_witness(
     from concurrent.futures import ThreadPoolExecutor
     row = lambda found, ok, note: pd.DataFrame(dict(found=found, bound=1e-4, ok=pd.Series([ok], dtype=object), note=note)).set_axis(pd.Index(["Core AI runtime: largest difference"], name="check"))
     if importlib.util.find_spec("coreai_torch") is None: return row(math.nan, None, "skipped: needs coreai-torch")
-    job = _job(model, export.way, export.target, export.config.replace(cache="io"), None, export.embedding_bits, ("prefill", "decode") if TARGETS[export.target] >= 9 else ("decode",))
+    job = _job(model, export.way, export.target, export.config.replace(cache="io", write="onehot"), None, export.embedding_bits, ("prefill", "decode") if TARGETS[export.target] >= 9 else ("decode",))
     functions = {k: job.functions[k if k in job.functions else "decode"] for k in ("prefill", "decode")}
     x = (_sample_text(model.config.vocab, min(64, export.config.context)*export.config.batch) if tokens is None else torch.as_tensor(tokens)).reshape(export.config.batch, -1)
-    with quiet(), ThreadPoolExecutor(1) as pool: got = pool.submit(_coreai, functions, x, steps if len(job.functions) > 1 else x.shape[1]).result()
+    try:
+        with quiet(), ThreadPoolExecutor(1) as pool: got = pool.submit(_coreai, functions, x, min(steps, x.shape[1]) if len(job.functions) > 1 else x.shape[1]).result()
+    except Exception as e: return row(math.nan, False, f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
     worst = float((got - job.model(x)[:, -got.shape[1]:].detach()).abs().max())
     return row(worst, worst <= 1e-4, f"{got.shape[1]} tokens")
 

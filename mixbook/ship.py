@@ -50,7 +50,7 @@ def quantise_study(
     if dry: return plan.to_frame().T
     confirmed_runs(study); c, corpus, folder = proxy_config(study, confirm=True), open_corpus(study.corpus), _folder(study)
     s = qat_schedule(c, plan["fraction"], kind="fused"); seeds = range(study.confirm_seeds)
-    if not _have(study, bits, seeds) or not (folder/"model.safetensors").exists():
+    if not _have(study, bits, seeds) or not _made(folder, bits):
         made = train_qats(corpus, [weights]*len(seeds), c, s, QATConfig(bits=bits), seeds=list(seeds), how="sequential", checkpoint=folder/"training", progress=progress)
         folder.mkdir(parents=True, exist_ok=True)
         save_proxy(made[0], folder/"model.safetensors"); finalize_qat(made[0].model).save(folder/"codes.safetensors")
@@ -66,6 +66,11 @@ def _qat_rows(study):
 def _have(study, bits, seeds): # the runs of an earlier call
     r = _qat_rows(study)
     return set(r.loc[r["bits"] == bits, "seed"]) >= set(seeds) if len(r) else False
+
+def _made(folder, bits): # the model of the device has these bits
+    from mixbook.proxy import load_proxy
+    file = folder/"model.safetensors"
+    return file.exists() and load_proxy(file).row["bits"] == bits
 
 def quantised_gap(
     study:Study, # Settings

@@ -24,14 +24,14 @@ class Way:
     since: str # Oldest target
     fold: Callable # Levels (k,) and scale (rows, 1) → table, scale inside the weight or None, scale outside or None
     per: str|None = None # 'tensor': needs one scale per matrix
-    bits: int = 8 # Most significant bits of a scale
+    bits: int = 11 # Most significant bits of a scale
     @property
     def multiply(self): return self.fold(np.ones(1), np.ones((1, 1)))[2] is not None # scale outside?
 
 ways = Registry("way")
 for _w in (Way("a", "one table per matrix, a scale per row inside the weight", "iOS18", lambda levels, scale: (levels, scale, None)),
            Way("b", "one table per row", "iOS18", lambda levels, scale: (levels*scale, None, None)),
-           Way("c", "one table per matrix, the scale multiplies the output", "iOS16", lambda levels, scale: (levels, None, scale), bits=11),
+           Way("c", "one table per matrix, the scale multiplies the output", "iOS16", lambda levels, scale: (levels, None, scale)),
            Way("d", "one table per matrix with its one scale in it", "iOS16", lambda levels, scale: (levels*scale[0, 0], None, None), per="tensor")): ways.register(_w.name, _w)
 
 # %% ../nbs/10f_ways.ipynb #c0c003b2
@@ -110,7 +110,7 @@ def snap_matrix(
     shift = 2.**round(math.log2(np.median(scale)))
     unit, scale = unit*shift, scale/shift
     low, high = np.abs(scale).min(), np.abs(scale).max()
-    if not 2.**-14 <= low <= high <= 2.**15 or np.abs(unit[unit != 0]).min() < 2.**-14: raise DataError(f"the scales of {q.name!r} lie from {low*shift:.3g} to {high*shift:.3g}, too far apart or too small for fp16, which holds numbers in full from 6.1e-5 to 32768. Did a row collapse in training? Take an earlier checkpoint, or train on.")
+    if not 2.**-14 <= low <= high <= 2.**15 or not 2.**-14 <= np.abs(unit[unit != 0]).min() <= np.abs(unit).max() <= 2.**15: raise DataError(f"the scales of {q.name!r} lie from {low*shift:.3g} to {high*shift:.3g}, too far apart, too small or too large for fp16, which holds numbers in full from 6.1e-5 to 32768. Did a row collapse in training? Take an earlier checkpoint, or train on.")
     return dataclasses.replace(q, levels=torch.from_numpy(unit).float(), scale=torch.from_numpy(scale).float())
 
 # %% ../nbs/10f_ways.ipynb #4887461f

@@ -66,21 +66,8 @@ def test_stored_numbers_are_the_weights_to_the_bit(way, bits, rows, cols, seed, 
     assert np.array_equal(put.dense(), s.dequantize().numpy()[order])
     for part in (put.table, put.inside, put.outside): assert part is None or part.dtype == np.float16 and np.isfinite(part).all()
     assert np.array_equal(put.weight().astype(np.float16).astype(np.float32), put.weight())  # the dense weight is an fp16 number too
-    change = (s.dequantize() - q.dequantize()).abs() <= q.dequantize().abs()*(2**-10.9 if way == "c" else 2**-7.9 if bits <= 4 else 2**-3.9) + 1e-12
+    change = (s.dequantize() - q.dequantize()).abs() <= q.dequantize().abs()*(2**-10.9 if way == "c" else 2**-8.9 if bits <= 2 else 2**-7.9 if bits <= 4 else 2**-3.9) + 1e-12
     assert change.all()
-
-
-@pytest.mark.parametrize("way", sorted(ways))
-def test_every_code_of_eight_layers(way, tmp_path):
-    model = decoder(8, per="tensor" if way == "d" else "row")
-    e, p = checked(model, tmp_path/"m.mlpackage", way=way, functions=("decode",), config=DeviceConfig(32, chunk=32), tokens=16)
-    assert len(p.weights) == 33 and p.weights.codes.sum() == sum(q.codes.numel() for q in finalize_qat(model).values())
-    ops = set(p.weights.op[p.weights.part == "body"])
-    assert ops == {"constexpr_blockwise_shift_scale" if way == "a" else "constexpr_lut_to_dense"} and set(p.weights.bits) == {2, 4}
-    package = read_package(e.path)
-    for f in package.functions.values():
-        for n, w in package.weights(f.name).items(): assert w.codes is None or w.sources["codes"].const.type.dtype in ("uint2", "uint4")
-    assert p.table.found["float32, decode: largest difference"] < 1e-5
 
 
 @pytest.mark.parametrize("bits", [1, 1.58, 3, 8])
@@ -94,8 +81,9 @@ def test_bits_per_weight_at_width_512(tmp_path):
     assert size_report(e).bits_per_weight["body"] <= 2.05
 
 
-def test_old_target_holds_one_function_and_a_cache_that_goes_in_and_out(tmp_path):
-    e, p = checked(decoder(), tmp_path/"m.mlpackage", target="iOS16", config=DeviceConfig(64, cache="io"))
+@pytest.mark.parametrize("way", ["c", "d"])
+def test_old_target_holds_one_function_and_a_cache_that_goes_in_and_out(way, tmp_path):
+    e, p = checked(decoder(per="tensor" if way == "d" else "row"), tmp_path/"m.mlpackage", target="iOS16", way=way, config=DeviceConfig(64, cache="io"))
     package = read_package(e.path)
     assert package.spec == 7 and list(package.functions) == ["main"] and e.functions == {"decode": 1} and not package.states
     assert "k_cache_out" in python_snippet(e) and "makeState" not in swift_snippet(e)
@@ -145,33 +133,23 @@ def test_seeded_faults_are_caught(base, kind, tmp_path):
     assert kind != "code" or (proof.weights.codes - proof.weights.equal).sum() == 2  # one per function
 
 
-def off_by_one(functions):
-    functions["decode"]._buffers["turn"] = functions["decode"].turn.roll(1, 0)
-    return functions
-
-
-@pytest.mark.parametrize("fault", ["rotary", "mask"])
-def test_wrong_programs_are_caught(fault, tmp_path, monkeypatch):
-    model, make = decoder(), device.device_functions
-    with monkeypatch.context() as m:
-        if fault == "rotary": m.setattr(coreml, "device_functions", lambda *a, **kw: off_by_one(make(*a, **kw)))
-        else: m.setattr(device.torch, "gt", torch.ge)
-        if fault == "mask":
-            with pytest.raises(UnsupportedError, match="computes something else"): export_coreml(model, tmp_path/"m.mlpackage", config=SMALL, progress=False)
-        m.setattr(coreml, "_check_same", lambda *a: None)
-        e = export_coreml(model, tmp_path/"m.mlpackage", config=SMALL, progress=False)
-    p = verify_export(e, model, tokens=64, progress=False)
-    assert p.table.ok["codes equal"] and not p.ok
-    assert not p.table.ok["float32, decode: largest difference"] and bool(p.table.ok["float32, prefill: largest difference"]) == (fault == "rotary")
-
-
 def test_another_model_is_not_proved(base):
     e, _ = base
     p = verify_export(e, decoder(2, seed=1), tokens=40, progress=False)
     assert not p.ok and not p.table.ok["codes are those of the model"] and not p.table.ok["codes equal"]
     with pytest.raises(DataError, match="expected the model of this package"): verify_export(e, decoder(3))
-    for text in ([], [256], torch.zeros(9)):
+    for text in ([], [256], torch.zeros(9), 0, -5):
         with pytest.raises(DataError, match="Is it the tokenizer"): verify_export(e, decoder(2), tokens=text, progress=False)
+    with pytest.raises(DataError, match="found a string"): verify_export(e, decoder(2), tokens="text", progress=False)
+
+
+def test_a_model_that_is_another_on_long_texts_is_not_proved(base):
+    "The proof compares with the stored numbers; that these are what the model computes is a row of its own."
+    e, model = base
+    hook = model.blocks[1].mlp.register_forward_hook(lambda m, a, y: y if a[0].shape[-2] < 20 else -y)
+    try: p = verify_export(e, model, tokens=64, progress=False)
+    finally: hook.remove()
+    assert not p.ok and list(p.table.index[p.table.ok.eq(False)]) == ["change by rounding scales, over sigma"]
 
 
 def test_real_runtime_is_asked_where_there_is_one(base, monkeypatch):
@@ -242,10 +220,18 @@ def test_models_that_are_refused(tmp_path):
     with pytest.raises(DataError, match="expected a model with quantised weights"): export_coreml(Decoder(config), path)
     with pytest.raises(UnsupportedError, match="found Sequential"): export_coreml(torch.nn.Sequential(torch.nn.Linear(2, 2)), path)
     with pytest.raises(DataError, match="stack of 2"): export_coreml(prepare_qat(Decoder(config, 2), QATConfig()), path)
-    odd = prepare_qat(Winding(config), QATConfig())
-    x = torch.randint(0, 256, (1, 8), generator=torch.Generator().manual_seed(0))  # as `_check_same` draws them
-    if int(x.sum())%2: odd.forward = lambda tokens: -Decoder.forward(odd, tokens)
+    with pytest.raises(UnsupportedError, match="Winding has a `forward` of its own"): export_coreml(prepare_qat(Winding(config), QATConfig()), path)
+    odd = decoder()
+    odd.forward = lambda tokens: Decoder.forward(odd, tokens)*(1 if tokens.shape[1] < 20 else -1)  # the same on short texts
+    with pytest.raises(UnsupportedError, match="`forward` of its own"): export_coreml(odd, path)
+    odd = decoder()
+    odd.blocks[0].mlp.register_forward_hook(lambda m, a, y: 2*y)
     with pytest.raises(UnsupportedError, match="computes something else"): export_coreml(odd, path)
+    for kw, said in ((dict(config={}), "expected a `DeviceConfig`, found dict"), (dict(adapters=[odd]), "expected adapters as name")):
+        with pytest.raises(DataError, match=said): export_coreml(decoder(), path, **kw)
+    model = decoder()
+    with torch.no_grad(): model.blocks[0].mlp.up.scale.mul_(1e9)
+    with pytest.raises(DataError, match="too large for fp16"): export_coreml(model, path)
     model = decoder()
     with torch.no_grad(): model.blocks[0].mlp.up.scale[:9] = 1e-5; model.blocks[0].mlp.up.scale[9:] = 30.
     with pytest.raises(DataError, match="Did a row collapse"): export_coreml(model, path)
@@ -289,6 +275,10 @@ def test_export_is_silent_and_overwrites(tmp_path, capfd):
     path.mkdir(); (path/"old").touch()
     e = export_coreml(decoder(), path, config=SMALL, functions=("decode",), overwrite=True, progress=False)
     assert capfd.readouterr() == ("", "") and read_export(path).codes == e.codes and [p.name for p in tmp_path.iterdir()] == ["m.mlpackage"]
+    before = os.umask(0o027)
+    try: export_coreml(decoder(), path, config=SMALL, functions=("decode",), overwrite=True, progress=False)
+    finally: os.umask(before)
+    assert {f.stat().st_mode & 0o777 for f in path.rglob("*") if f.is_file()} == {0o640} and {f.stat().st_mode & 0o777 for f in (path, *path.rglob("*")) if f.is_dir()} == {0o750}
 
 
 # ---------------------------------------------------------------- damaged and foreign

@@ -8,7 +8,7 @@ from mixbook.adapters import LoraConfig, add_adapters, save_adapters
 from mixbook.core import DataError, UnsupportedError, run_id
 from mixbook.corpus import toy_corpus
 from mixbook.decoder import AutogradStep, Decoder, HandStep, ProxyConfig, count_params, flops_per_token, gradients, kv_shared, token_losses
-from mixbook.device import DeviceConfig, DeviceModel, device_functions, kv_bytes, quantized_of, run_device, snap_scales
+from mixbook.device import DeviceConfig, DeviceModel, device_functions, kv_bytes, kv_int8, quantized_of, run_device, snap_scales
 from mixbook.proxy import flatten, proxy_run_id, train_proxies, train_proxy
 from mixbook.qat import _begin, _QATTraining, qat_schedule, round_to_nearest, train_qat
 from mixbook.quant import QATConfig, QuantizedModel, finalize_qat, prepare_qat
@@ -46,6 +46,18 @@ def test_counts_of_sharing(sizes):
 
 
 def test_eight_blocks_have_five_caches(): assert (kv_shared(8), kv_bytes(ProxyConfig(depth=8, kv_layers=5), 32)/kv_bytes(ProxyConfig(depth=8), 32)) == (5, 5/8)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1., 1e3])
+def test_keys_and_values_in_eight_bits(spread):
+    "Symmetric, one scale per token and head: half a step at most, and 44.5 dB on Gaussians of 64 numbers."
+    x = torch.randn(4, 2000, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)*spread
+    codes, scale = kv_int8(x)
+    assert codes.dtype == torch.int8 and scale.shape == (4, 2000, 1) and int(codes.min()) == -127 and int(codes.max()) == 127
+    assert ((codes*scale - x).abs() <= scale/2*(1 + 1e-9)).all()
+    assert abs(float(10*torch.log10(x.square().mean()/(codes*scale - x).square().mean())) - 44.5) < .2
+    whole = x.abs().amax()/127  # one scale for everything loses a decibel and more
+    assert float(10*torch.log10(x.square().mean()/((x/whole).round()*whole - x).square().mean())) < 43
 
 
 def test_ids_of_plain_models_are_as_they_were(corpus):
@@ -124,6 +136,8 @@ def test_the_quantised_step_of_a_shared_model_is_that_of_a_prepared_one(corpus):
 def test_codes_of_a_shared_model_are_saved_and_applied(tmp_path):
     model, exact = example()
     q = QuantizedModel.load(quantized_of(model).save(tmp_path/"q.safetensors"))
+    (tmp_path/"plain").touch()
+    assert (tmp_path/"q.safetensors").stat().st_mode == (tmp_path/"plain").stat().st_mode  # as the umask says, not private
     assert q.hash == quantized_of(model).hash and "blocks.2.attn.q" in q and "blocks.2.attn.qkv" not in q
     assert torch.equal(q.apply(Decoder(CONFIG), codes=True)(text(8)), exact(text(8)))
     with pytest.raises(DataError, match="another architecture"): q.apply(Decoder(CONFIG.replace(kv_layers=None)))
