@@ -227,7 +227,7 @@ def train_branches(
         _check_passes(trunk, g, D, most*per, replay, passes, name)
     stacked = one_of(how, ("auto", "sequential", "stacked"), what="way") == "stacked" or how == "auto" and device != "cpu" and torch.cuda.is_available()
     alike = {n: tuple(steps[n]) if stacked else n for n in G.index}; parts = [[n for n in G.index if alike[n] == k] for k in dict.fromkeys(alike.values())]; out = {}
-    with one_thread(), tqdm(total=sum(max(steps[p[0]]) for p in parts), desc="branches", unit="step", disable=not progress, leave=False) as bar:
+    with one_thread(), tqdm(total=sum(max(steps[p[0]]) for p in parts), desc="branches", unit="step", disable=not progress or not any(map(max, steps.values())), leave=False) as bar:
         for names in parts: out |= _train_part(trunk, D, G.loc[names], steps[names[0]], replay, c, device, bar)
     return {n: out[n] for n in G.index}
 
