@@ -23,7 +23,7 @@ class ClusteredCorpus:
     ):
         self.corpus, self.table, self.atlas = corpus, table, atlas
         self.vocab_size, self.eot, self.tokenizer, self._kept = corpus.vocab_size, corpus.eot, corpus.tokenizer, {}
-        self.domains = sorted(table["cluster"].unique()); self.decode = corpus.decode
+        self.domains = sorted(table["cluster"].unique())
         self.hash = run_id({"clusters": 1, "corpus": corpus.hash, "table": table.to_csv(index=False)}, 16)
         for d in self.domains:
             for s in ("train", "heldout"):
@@ -40,6 +40,8 @@ class ClusteredCorpus:
         "Bytes of text per token, averaged over the domains that the text comes from."
         part = self._part(domain, split); n = (part["stop"] - part["start"]).groupby(part["domain"]).sum()
         return float(np.average([self.corpus.bytes_per_token(d, split) for d in n.index], weights=n))
+    def decode(self, ids): return self.corpus.decode(ids)
+    def __getstate__(self): return {**self.__dict__, "_kept": {}}  # other processes read their own tokens
     def texts(self, domain, split="train"):
         "The passages of one cluster, one after the other."
         yield from passage_texts(self.corpus, self._part(domain, split), split)

@@ -126,11 +126,11 @@ def train_checkpoints(
     "Train the trunk at a constant rate and keep its state at each of `tokens`; raises `DataError` on a bad mixture or on numbers that are no whole steps."
     w, config = _check_trunk(corpus, weights, config, warmup); todo = whole_steps_of(tokens, config); per = config.batch*config.seq_len
     run, states, rows = _trunk_id(corpus, w, config, seed, warmup, average), {}, []
-    have = {} if folder is None else {k: v for k, v in _saved_states(folder, run, per).items() if k//per in todo}
+    have = {} if folder is None else {k: v for k, v in _saved_states(folder, run, per).items() if k//per <= max(todo)}
     t = _ConstantTraining(corpus, [w], config, seed, warmup, average=average, device=device); start = time.perf_counter()
     if have:
-        best = max(have); states = {k: s for k, (s, _) in have.items()}; rows = [r for _, r in have.values() if r]
-        for k in _STATE: getattr(t, k).data.copy_(states[best][k])
+        best = max(have); states = {k: s for k, (s, _) in have.items() if k//per in todo}; rows = [r for k, (_, r) in sorted(have.items()) if r and k//per in todo]
+        for k in _STATE: getattr(t, k).data.copy_(have[best][0][k])
         t.step = best//per
     with one_thread(), tqdm(total=max(todo), initial=t.step, desc="trunk", unit="step", disable=not progress, leave=False) as bar:
         while True:
@@ -186,19 +186,20 @@ def _first_step(trunk, stream, group, step): # of the branch's stream: the first
 def _check_passes(trunk, group, D, longest, replay, most, name):
     "Raise `DataError` where a domain would be read too often."
     for d in group.index[group > 0]:
-        n = len(trunk.corpus.tokens(d, "train")); passes = (D*trunk.weights[d] + longest*(1 - replay)*group[d])/max(1, n)
+        n = len(trunk.corpus.tokens(d, "train")); passes = (D*trunk.weights[d] + longest*((1 - replay)*group[d] + replay*trunk.weights[d]))/max(1, n)
         if passes > most: raise DataError(f"domain {d!r} of specialist {name!r} holds {n:,} training tokens; a trunk of {D:,} and a branch of {longest:,} tokens would read it {passes:.1f} times, expected at most {most:g}. Shorten the branch, gather more text, or raise `passes`.")
 
 # %% ../nbs/09_split.ipynb #c1578536
-def _branch_rows(t, trunk, D, names, ids, replay):
+def _branch_rows(t, trunk, D, G, ids, replay):
     "One row per branch at the present step: what trunk and branch have read together."
-    per, at = trunk.per_step, D//trunk.per_step
+    per, at, names = trunk.per_step, D//trunk.per_step, list(G.index)
     for i, (row, s, a) in enumerate(zip(_rows(t), t.streams, t.first)):
         before, now = s.counts(a), s.counts(a + t.step)
         own = (now["tokens"] - before["tokens"])/s.seq_len; size = pd.Series({d: max(1, (len(trunk.corpus.tokens(d, "train")) - 1)//s.seq_len) for d in own.index})
-        read = own + t.trunk_counts["tokens"].reindex(own.index)/s.seq_len
+        trunk_read = t.trunk_counts["tokens"].reindex(own.index)/s.seq_len; read = own + trunk_read
+        fresh = read.where(G.loc[names[i]].reindex(own.index) > 0, np.maximum(trunk_read, now["tokens"]/s.seq_len))  # replayed text begins where the stream does
         yield row | dict(run=ids[i], step=at + t.step, tokens=(at + t.step)*per, split_tokens=t.step*per, flops=flops_per_token(trunk.config)*(at + t.step)*per,
-                         parent=trunk.run, domain=names[i], replay=float(replay), cool=int(t.cool*per), unique_tokens=int((np.minimum(read, size)*s.seq_len).sum()), **{f"passes/{d}": float(read[d]/size[d]) for d in own.index})
+                         parent=trunk.run, domain=names[i], replay=float(replay), cool=int(t.cool*per), unique_tokens=int((np.minimum(fresh, size)*s.seq_len).sum()), **{f"passes/{d}": float(read[d]/size[d]) for d in own.index})
 
 def _branch_id(trunk, D, mixture, name, end, cool):
     w = {d: round(float(v), 12) for d, v in mixture.items() if v > 0}
@@ -253,7 +254,7 @@ def _train_part(trunk, D, G, steps, replay, cool, device, bar):
     while True:
         if t.step in steps:
             t.seconds = time.perf_counter() - start
-            with t.averaged(): t.rows.append(list(_branch_rows(t, trunk, D, list(G.index), ids, replay)))
+            with t.averaged(): t.rows.append(list(_branch_rows(t, trunk, D, G, ids, replay)))
         if t.step >= max(steps): break
         t.advance(); bar.update()
     t.ids, t.seeds = ids, [trunk.seed]*t.M
@@ -271,7 +272,9 @@ class _Training_of:
     @property
     def mixtures(self): return split_groups(self.weights, self.groups)
     def check(self):
-        "Raise `DataError` where a domain is too small for its branch."
+        "Raise `DataError` where a domain is too small for its branch, or replay is no share."
+        for r in self.replay:
+            if not 0 <= r < 1: raise DataError(f"expected `replay` from 0 to below 1, found {r}. It is a share of the branch's tokens.")
         t = Trunk(self.corpus, self.weights, self.config, self.seed, self.warmup, self.average, "", {}, pd.DataFrame())
         for at, steps in self.plan.items():
             for n, g in self.mixtures.iterrows():
@@ -305,7 +308,8 @@ def _known(path): return set(zip(*(read_runs(path)[["run", "step"]].to_numpy().T
 
 def _run_all(jobs, path, n_workers, dry, progress):
     "Steps that are missing, by size and seed; train them unless `dry`."
-    rows, known = [], _known(path)
+    rows, known = [], _known(path); have = set(read_runs(path)["corpus_hash"].dropna()) if known else set()
+    if other := have - {o.corpus.hash for o in jobs}: raise DataError(f"expected rows of corpus {jobs[0].corpus.hash} at {path}, found those of {', '.join(sorted(other))}. Give each corpus, and each clustering, a folder of its own.")
     for o in jobs:
         bare, todo = o.missing(known); steps = sum(max(j) for v in todo.values() for j in v.values()); trunk = max([*bare, *(a for a, _ in todo)], default=0)
         rows.append(dict(n_params=o.config.n_params, seed=o.seed, trunk_steps=trunk, branch_steps=steps) | ({"minutes": (trunk + steps)*step_seconds(o.config, device=o.device)[0]/60} if dry else {}))
@@ -373,10 +377,11 @@ def run_split_shares(
     seeds:Iterable[int]=(0, 1, 2), # Initial weights and data order
     **kw, # replay, cool, warmup, average, passes, states, n_workers, device, dry, progress: as in `run_split_grid`
 )->pd.DataFrame: # Per size and seed: steps of trunk and branches that were missing
-    "Train one budget at several shares of specialisation; rows as in `run_split_grid`."
-    jobs, o = [], dict(replay=(0.,), cool=0, warmup=100, average=.1, passes=4., states=None, device="auto", n_workers=0, dry=False, progress=True)
+    "Train one budget at several shares of specialisation; rows as in `run_split_grid`, but read off the last weights (average 0)."
+    jobs, o = [], dict(replay=(0.,), cool=0, warmup=100, average=0., passes=4., states=None, device="auto", n_workers=0, dry=False, progress=True)
     for k in kw: one_of(k, list(o), what="argument")
     o |= kw
+    if o["cool"]: raise DataError("expected cool=0, found another: the generalist among the rows is not cooled. Use `train_split` with several seeds.")
     for c in configs:
         w, c = _check_trunk(corpus, weights, c, o["warmup"]); G = split_groups(w, groups); q = (G > 0).astype(float)@w; plan = {}
         for s in sorted({float(x) for x in shares}):
@@ -391,11 +396,12 @@ def split_rows(
     runs:pd.DataFrame, # Runs table with trunks and branches
     replay:float=0., # Share of replay of the branches
 )->pd.DataFrame: # n_params, tokens (D), split_tokens (D′), domain, seed, loss, parent, run
-    "The branches of `runs` as a table for the split laws; raises `DataError` when there is none, or none with this `replay`."
+    "The branches of `runs` at a constant rate as a table for the split laws; raises `DataError` when there is none, or none with this `replay`."
     if "domain" not in runs or "split_tokens" not in runs: raise DataError("expected rows of trunks and branches with the columns 'domain' and 'split_tokens', found none. Make them with `run_split_grid`.")
-    r = runs[(runs["domain"].fillna("") != "") & (runs["status"] == "done")]; have = sorted(set(r["replay"].astype(float)))
-    if replay not in have: raise DataError(f"expected branches with replay {replay:g}, found {', '.join(f'{x:g}' for x in have) or 'no branch'}.")
-    r = r[r["replay"].astype(float) == replay].reset_index(drop=True); names = [c[2:] for c in runs if c.startswith("w/") and f"loss/{c[2:]}" in runs]
+    r = runs[(runs["domain"].fillna("") != "") & (runs["status"] == "done") & (runs["cool"].fillna(0) == 0 if "cool" in runs else True)]; have = sorted(set(r["replay"].astype(float)))
+    if not len(r) and (failed := int((runs["domain"].fillna("") != "").sum())): raise DataError(f"expected branches that ended, found {failed} rows of branches that failed. Train with a smaller `lr`.")
+    if not np.isclose(replay, have).any(): raise DataError(f"expected branches with replay {replay:g}, found {', '.join(f'{x:g}' for x in have) or 'no branch'}.")
+    r = r[np.isclose(r["replay"].astype(float), replay)].reset_index(drop=True); names = [c[2:] for c in runs if c.startswith("w/") and f"loss/{c[2:]}" in runs]
     W = r[[f"w/{d}" for d in names]].fillna(0.).to_numpy(float)
     if replay:
         trunk = runs[runs["domain"].fillna("") == ""].drop_duplicates("run").set_index("run")[[f"w/{d}" for d in names]]
@@ -416,29 +422,35 @@ def split_outcomes(
 )->pd.DataFrame: # n_params, seed, share, loss, generalist, gain, and gain/<group>
     "The weighted loss of each system of `tokens` tokens in `runs` beside that of the generalist of the same seed; raises `DataError` when a generalist or every system is missing."
     rows = split_rows(runs, replay); names = sorted(rows["domain"].unique()) if groups is None else list(groups); rows = rows[rows["domain"].isin(names)]
-    G, q = _group_shares(runs, rows, names, weights, replay); trunks = runs[runs["domain"].fillna("") == ""]; out = []
+    trunks = runs[(runs["domain"].fillna("") == "") & (runs["status"] == "done")]; out = []
     for (n, seed, parent), g in rows.groupby(["n_params", "seed", "parent"]):
+        if lacks := [k for k in names if k not in set(g["domain"])]: raise DataError(f"expected branches of {lacks[0]!r} from trunk {parent}, found {', '.join(sorted(set(g['domain'])))}. Name the `groups` of one system.")
         own = trunks[trunks["run"] == parent]; per = int(own["tokens"].iloc[0]//own["step"].iloc[0]) if len(own) else 1; T = round(tokens/per)*per; last = own[own["tokens"] == T]
         if not len(last): continue
+        G, q, part = _group_shares(runs, g, names, weights, replay)
         general = pd.Series({k: float((last[[f"loss/{d}" for d in G.columns]].iloc[0].to_numpy(float)*G.loc[k].to_numpy())[G.loc[k] > 0].sum()) for k in names})
         out.append(dict(n_params=n, seed=seed, share=0., loss=q@general, generalist=q@general, gain=0., **{f"gain/{k}": 0. for k in names}))
         for D, at in g[(g["tokens"] < T)].groupby("tokens"):
-            want = q*(T - D); pick = {k: o.iloc[(o["split_tokens"] - want[k]).abs().argsort().iloc[0]] for k, o in at.groupby("domain")}
+            want = part*(T - D); pick = {k: o.iloc[(o["split_tokens"] - want[k]).abs().argsort().iloc[0]] for k, o in at.groupby("domain")}
             used = sum(int(p["split_tokens"]) for p in pick.values())
             if len(pick) < len(names) or used != T - D or any(abs(p["split_tokens"] - want[k]) > per for k, p in pick.items()): continue
             loss = pd.Series({k: pick[k]["loss"] for k in names})
             out.append(dict(n_params=n, seed=seed, share=(T - D)/T, loss=q@loss, generalist=q@general, gain=q@(general - loss), **{f"gain/{k}": general[k] - loss[k] for k in names}))
-    if not out: raise DataError(f"expected a generalist with {tokens:,} tokens and systems of as many, found none in {len(runs)} rows. Train them with `run_split_shares`.")
+    if not any(o["share"] for o in out): raise DataError(f"expected a generalist with {tokens:,} tokens and systems of as many, found none in {len(runs)} rows. Train them with `run_split_shares`.")
     return pd.DataFrame(out).sort_values(["n_params", "share", "seed"], ignore_index=True)
 
+# %% ../nbs/09_split.ipynb #cf594e9a
 def _group_shares(runs, rows, names, weights, replay):
-    "(groups, domains) shares within each group, and q."
+    "(groups, domains) shares within each group, q, and the part of the branch tokens of each group."
     domains = [c[2:] for c in runs if c.startswith("w/") and f"loss/{c[2:]}" in runs]; W = lambda r: r[[f"w/{d}" for d in domains]].fillna(0.).astype(float)
-    trunk = W(runs[runs["run"].isin(rows["parent"])]).iloc[0]; by = {r: W(runs[runs["run"] == r]).iloc[0] for r in rows.groupby("domain")["run"].first()}
-    G = pd.DataFrame([((by[rows[rows["domain"] == k]["run"].iloc[0]] - replay*trunk)/(1 - replay)).to_numpy() for k in names], index=names, columns=domains); G[G < 1e-9] = 0.
-    q = pd.Series(weights, dtype=float).reindex(names) if weights is not None else (G > 0).astype(float)@trunk.to_numpy(); q.index = names
+    trunk = W(runs[runs["run"].isin(rows["parent"])]).iloc[0]; own = (W(runs[runs["run"].isin(rows["run"])].drop_duplicates("run").set_index("run")) - replay*trunk)/(1 - replay); own[own < 1e-9] = 0.
+    by = {k: own.loc[g["run"].unique()] for k, g in rows.groupby("domain")}
+    for k, g in by.items():
+        if np.ptp(g.to_numpy(), axis=0).max() > 1e-6: raise DataError(f"expected one mixture for group {k!r}, found {len(g.round(6).drop_duplicates())}: the table holds several groupings of this name. Keep the runs of one system.")
+    G = pd.DataFrame([by[k].iloc[0].to_numpy() for k in names], index=names, columns=domains); part = (G > 0).astype(float)@trunk.to_numpy(); part.index = names
+    q = pd.Series(weights, dtype=float).reindex(names) if weights is not None else part
     if q.isna().any() or abs(q.sum() - 1) > 1e-6: raise DataError(f"expected weights of {', '.join(names)} that sum to 1, found {q.round(6).to_dict()}. Name the groups of one system, or give `weights`.")
-    return G.div(G.sum(axis=1), axis=0), q
+    return G.div(G.sum(axis=1), axis=0), q, part/part.sum()
 
 # %% ../nbs/09_split.ipynb #c8bbe40d
 def paired_interval(
@@ -469,7 +481,7 @@ class Split:
         t = pd.DataFrame([dict(group=k, weight=self.weights[k], split_tokens=p.row["split_tokens"], generalist=loss(self.generalist, self.groups.loc[k]), specialist=loss(p, self.groups.loc[k])) for k, p in self.specialists.items()]).set_index("group")
         return t.assign(gain=t["generalist"] - t["specialist"])
     @property
-    def gain(self): return float((self.table["gain"]*self.weights).sum())
+    def gain(self): return float((self.table["gain"]*self.weights).sum(skipna=False))
     @property
     def stored_params(self): return sum(p.config.n_params for p in self.specialists.values())
     def __repr__(self): return f"Split({len(self.specialists)} specialists, share {self.share:.3f} of {self.tokens:,} tokens, gain {self.gain:+.4f} nats per token over the generalist)"
@@ -492,10 +504,11 @@ def load_split(
 )->Split: # As it was
     "Read a system back; raises `DataError` when a part is missing, damaged or of another run."
     folder = Path(folder)
-    try: about = json.loads((folder/"split.json").read_text()); files, groups, weights = about["files"], pd.DataFrame(about["groups"]).T, pd.Series(about["weights"], dtype=float); meta = about["runs"], about["generalist"], float(about["share"]), int(about["tokens"])
-    except (OSError, ValueError, KeyError, TypeError) as e: raise DataError(f"expected a folder of `Split.save` at {folder}, found {'none' if isinstance(e, FileNotFoundError) else f'a damaged split.json ({type(e).__name__})'}. Check the path, or train again.") from e
+    try: about = json.loads((folder/"split.json").read_text()); files, groups, weights = about["files"], pd.DataFrame(about["groups"]).T, pd.Series(about["weights"], dtype=float); meta = dict(about["runs"]), about["generalist"], float(about["share"]), int(about["tokens"]); files = dict(files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e: raise DataError(f"expected a folder of `Split.save` at {folder}, found {'none' if isinstance(e, FileNotFoundError) else f'a damaged split.json ({type(e).__name__})'}. Check the path, or train again.") from e
     runs, general, share, tokens = meta
     out = Split({k: load_proxy(folder/Path(f).name) for k, f in files.items()}, load_proxy(folder/"generalist.safetensors"), groups, weights, share, tokens)
+    if abs(weights.sum() - 1) > 1e-6 or set(weights.index) != set(files) or tokens != out.generalist.row["tokens"]: raise DataError(f"expected weights that sum to 1 and the tokens of the generalist in {folder/'split.json'}, found others. Delete the folder and train again.")
     if {k: p.row["run"] for k, p in out.specialists.items()} != runs or out.generalist.row["run"] != general: raise DataError(f"expected the models that split.json names in {folder}, found those of other runs. Delete the folder and train again.")
     return out
 
@@ -513,7 +526,7 @@ def train_split(
     cool:int=0, # Tokens at the end of each run, and of the generalist's, with falling rate
     seed:int=0, # Initial weights and data order
     warmup:int=100, # Steps with rising rate
-    average:float=.1, # Width of the average that models are read off, as a share of the run; without effect where they are cooled
+    average:float=0., # Width of the average that models are read off, as a share of the run; 0: the last weights
     passes:float=4., # Most times that a domain may be read
     device:str="auto", # 'auto', 'cpu', 'cuda'
     dry:bool=False, # Count steps and time a few, train nothing
@@ -532,4 +545,6 @@ def train_split(
     kw = dict(replay=replay, cool=cool, passes=passes, device=device, progress=progress)
     specialists = train_branches(trunk, D*per, {k: [0, j*per] for k, j in each.items()}, groups=groups, **kw)
     general = train_branches(trunk, (T - c)*per, [0, c*per], groups={"all": [d for d in w.index if w[d] > 0]}, **(kw | {"replay": 0., "passes": np.inf}))["all"]
+    for k, p in {**specialists, "generalist": general}.items():
+        if not np.isfinite([v for c, v in p.row.items() if c.startswith("loss/")]).all(): raise DataError(f"expected losses that are numbers, found others: the training of {k!r} diverged at a peak rate of {config.peak_lr:.3g}. Use a smaller `lr`.")
     return Split(specialists, general, G, q, sum(each.values())/T, T*per)

@@ -12,7 +12,7 @@ __all__ = ['SPLIT_LAWS', 'BLIND_LAWS', 'ALPHA_SPLIT', 'held_out_rows', 'SplitFit
 import dataclasses, warnings
 from collections.abc import Iterable, Mapping
 import numpy as np, pandas as pd
-from .core import DataError, ExtrapolationWarning, FitWarning, one_of
+from .core import DataError, ExtrapolationWarning, FitError, FitWarning, one_of
 from .formula import law_forms
 from .laws import fit_law
 from .plan import Plan
@@ -35,8 +35,9 @@ def _check_split_rows(rows):
     for c in ("n_params", "tokens", "split_tokens", "domain", "loss"):
         if c not in rows: raise DataError(f"expected column {c!r} in the rows, found {', '.join(map(str, rows.columns))}. Make them with `split_rows`.")
     if not len(rows): raise DataError("expected rows of branches, found none.")
-    if not np.isfinite(rows[["n_params", "tokens", "split_tokens", "loss"]].to_numpy(float)).all(): raise DataError("expected finite sizes, tokens and losses, found others. Leave out runs that failed.")
+    if not np.isfinite(rows[["n_params", "tokens", "split_tokens", "loss"]].apply(pd.to_numeric, errors="coerce").to_numpy(float)).all(): raise DataError("expected finite sizes, tokens and losses, found others. Leave out runs that failed.")
     rows = rows[rows["tokens"] > 0]
+    if not len(rows) or rows["domain"].isna().any(): raise DataError("expected rows with a domain and trunk tokens above zero, found none, or some without a domain.")
     for d, g in rows.groupby("domain"):
         if g["tokens"].nunique() < 3 or g["split_tokens"].nunique() < 3: raise DataError(f"expected at least three trunk and three branch lengths of domain {d!r}, found {g['tokens'].nunique()} and {g['split_tokens'].nunique()}. Train more states of the trunk.")
     return rows
@@ -44,9 +45,9 @@ def _check_split_rows(rows):
 def held_out_rows(
     rows:pd.DataFrame, # Of `split_rows`
 )->pd.Series: # 'size', 'corner', or '' for rows to fit
-    "Which rows are held out: those of the largest size, if there are several, and those of the largest trunk and branch."
+    "Which rows are held out: those of the largest of three or more sizes, and those of the largest trunk and branch."
     part = pd.Series("", index=rows.index); part[(rows["tokens"] == rows["tokens"].max()) & (rows["split_tokens"] == rows["split_tokens"].max())] = "corner"
-    if rows["n_params"].nunique() > 1: part[rows["n_params"] == rows["n_params"].max()] = "size"
+    if rows["n_params"].nunique() > 2: part[rows["n_params"] == rows["n_params"].max()] = "size"
     return part
 
 # %% ../nbs/09b_split_laws.ipynb #9a3aceae
@@ -90,18 +91,21 @@ def fit_split_laws(
     *,
     near:float=.2, # Percentage points of error within which a law stays a rival of the best
     bootstrap:int=0, # Resamples of the rows, for the intervals; 0: by the delta method
-    cluster:str|None="parent", # Column whose values are resampled together: rows of one trunk share its noise
+    cluster:str|None="parent", # Column whose values are resampled together: rows of one trunk share its noise; six trunks at least
     seed:int=0, # Of starts and resamples
 )->SplitFit: # Scores and laws
     "Fit each law to each domain, score it on the largest size and the longest runs, and keep those near the best; raises `DataError` on rows that cannot be fitted."
     rows, laws, out = _check_split_rows(rows), list(laws), {}
     for l in laws: one_of(l, [k for k in law_forms if k.startswith("split-")], what="split law")
+    if not laws: raise DataError("expected at least one law, found none.")
+    if bootstrap and cluster in rows and (few := rows.groupby("domain")[cluster].nunique().min()) < 6: raise DataError(f"expected at least 6 trunks to resample, found {few}. Train more seeds, or use cluster=None and read the intervals as lower bounds.")
     scores, fits = [], {l: {} for l in laws}; cluster = cluster if cluster in rows else None
     for d, g in rows.groupby("domain", sort=True):
         held = held_out_rows(g)
+        if not (held != "").any(): raise DataError(f"expected a row of {d!r} with its longest trunk and longest branch to hold out, found none. Train that corner.")
         for name, (law, fixed) in {**{l: (l, {}) for l in laws}, **BLIND_LAWS}.items():
             try: own, used = _score(g, held, law, fixed, seed), _one_law(g, law, fixed, bootstrap, cluster, seed) if name in fits else None
-            except DataError as e: out[name] = str(e); continue
+            except (DataError, FitError) as e: out[name] = str(e); continue
             scores += [dict(law=name, domain=d, **o) for o in own]
             if used is not None: fits[name][d] = used
     laws, fits = [l for l in laws if l not in out], {l: f for l, f in fits.items() if l not in out}; scores = pd.DataFrame([o for o in scores if o["law"] not in out])

@@ -15,8 +15,9 @@ import numpy as np, pandas as pd
 from .core import DataError, ExtrapolationWarning, FitWarning, read_runs, write_text
 from .decoder import ProxyConfig
 from .plan import Plan
-from .split import Split, paired_interval, run_split_grid, run_split_shares, split_outcomes, split_rows, train_split, whole_steps_of
+from .split import Split, _trunk_id, paired_interval, run_split_grid, run_split_shares, split_outcomes, split_rows, train_split, whole_steps_of
 from .split_laws import SplitFit, fit_split_laws, plan_split
+from .stream import check_mixture
 
 # %% ../nbs/12ab_split_study.ipynb #6daf384d
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +82,21 @@ def _differences(corpus):
     from mixbook.domains import divergence_matrix, overlap
     return divergence_matrix(corpus, most=300_000), overlap(corpus, most=300_000)
 
+def _own_runs(corpus, weights, config, seeds, kw, path):
+    "Rows of the trunks of this corpus, mixture and model, and of their branches; a folder may hold others."
+    r, ids = read_runs(path), {_trunk_id(corpus, check_mixture(weights, corpus.domains), config, s, kw["warmup"], kw["average"]) for s in seeds}
+    return r[r["run"].isin(ids) | r["parent"].isin(ids)]
+
 def _ask(corpus, weights, config, design, path, kw, share):
     "Pilot, laws, plan, and the shares to check."
     run_split_grid(corpus, weights, [config], path=path, trunk_tokens=design.trunk_tokens, split_tokens=design.split_tokens, seeds=[0], **kw)
-    rows = split_rows(read_runs(path)); rows = rows[(rows["n_params"] == config.n_params) & (rows["seed"] == 0) & rows["tokens"].isin(design.trunk_tokens) & rows["split_tokens"].isin(design.split_tokens)]
+    rows = split_rows(_own_runs(corpus, weights, config, [0], kw, path)); rows = rows[rows["tokens"].isin(design.trunk_tokens) & rows["split_tokens"].isin(design.split_tokens)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning); warnings.simplefilter("ignore", ExtrapolationWarning)
         fit = fit_split_laws(rows, cluster=None); plan = plan_split(fit, tokens=design.tokens, n_params=config.n_params, weights={d: float(weights[d]) for d in fit.domains})
-    s = float(plan.best["share"]) if share is None else float(share); least = design.domains/(design.tokens/(config.batch*config.seq_len))
-    s = s if s > 4*least else .25  # too few steps for specialists: the check says what a quarter would give
+    s = float(plan.best["share"]) if share is None else float(share); least = _least_share(design, config)
+    if share is not None and s < least: raise DataError(f"expected a share of at least {least:.3f}, one step for each specialist, found {share}. Ask for more, or for more tokens.")
+    s = s if share is not None or s > 4*least else .25  # too few steps for specialists: the check says what a quarter would give
     return fit, plan, s, sorted({0., .5 if abs(s - .5) > .1 else .25, s})
 
 # %% ../nbs/12ab_split_study.ipynb #3563b66d
@@ -109,16 +116,19 @@ def specialise(
 ): # `Specialised`, or a table of steps and minutes when `dry`
     "Decide whether specialists pay for `corpus` at a budget of `tokens`, and train them; raises `DataError` for one domain, or where a domain is too small."
     from mixbook.route import compare_routes
-    w = pd.Series(dict(corpus.natural if weights is None else weights), dtype=float); w = w[w > 0]; design = split_design(config, len(w), tokens, seeds); path = Path(out)/"runs"
-    w = w.reindex(corpus.domains, fill_value=0.); kw = dict(warmup=warmup, n_workers=n_workers, progress=progress)
+    if share is not None and not 0 < share <= 1: raise DataError(f"expected a share above 0 and up to 1, found {share}. At 0 there are no specialists.")
+    w = check_mixture(dict(corpus.natural if weights is None else weights), corpus.domains); w = w[w > 0]; design = split_design(config, len(w), tokens, seeds); path = Path(out)/"runs"
+    w = w.reindex(corpus.domains, fill_value=0.); kw = dict(warmup=warmup, average=0., n_workers=n_workers, progress=progress)  # an average lags behind, and further in a long run than in a short branch
     if dry: return _cost(corpus, w, config, design, path, kw)
     js, shared = _differences(corpus); fit, plan, s, shares = _ask(corpus, w, config, design, path, kw, share)
-    run_split_shares(corpus, w, [config], path=path, tokens=design.tokens, shares=shares, seeds=range(seeds), **kw)
-    done = split_outcomes(read_runs(path), design.tokens); done = done[(done["n_params"] == config.n_params) & (done["seed"] < seeds)]
-    system = train_split(corpus, w, config, tokens=design.tokens, share=s, warmup=warmup, progress=progress)
+    run_split_shares(corpus, w, [config], path=path, tokens=design.tokens, shares=shares, seeds=range(1, seeds + 1), **kw)  # not the pilot's
+    done = split_outcomes(_own_runs(corpus, w, config, range(1, seeds + 1), kw, path), design.tokens); done = done[[min(abs(x - y) for y in shares) < _least_share(design, config) for x in done["share"]]]
+    system = train_split(corpus, w, config, tokens=design.tokens, share=s, seed=1, warmup=warmup, progress=progress)
     routes = compare_routes(system.specialists, system.generalist, corpus, weights=w)
     answer = Specialised(design, js, shared, fit, plan, s, done, system, routes)
     system.save(Path(out)/"system"); write_text(Path(out)/"split.md", answer.report()); return answer
+
+def _least_share(design, config): return design.domains*config.batch*config.seq_len/design.tokens  # one step for each specialist
 
 def _cost(corpus, w, config, design, path, kw):
     grid = run_split_grid(corpus, w, [config], path=path, trunk_tokens=design.trunk_tokens, split_tokens=design.split_tokens, seeds=[0], dry=True, **kw)

@@ -94,6 +94,42 @@ def test_cooled_models_share_one_schedule(toy):
     assert s.generalist.row["tokens"] == s.tokens == 120*PER and s.table["split_tokens"].sum() == 60*PER
 
 
+def test_a_branch_that_learns_nothing_new_gains_nothing(toy):
+    "Read off the last weights, a branch on the trunk's own mixture has the trunk's losses to the bit."
+    t = train_checkpoints(toy, MIX, TINY, [80*PER, 120*PER], warmup=5, average=0., progress=False)
+    b = train_branches(t, 80*PER, [0, 40*PER], groups={"all": list(MIX)}, progress=False)["all"]
+    assert (losses(b.curve)[-1] == losses(t.curve)[-1]).all()
+
+
+def test_one_folder_may_hold_several_systems_but_one_corpus(toy, tmp_path):
+    kw = dict(path=tmp_path, tokens=120*PER, shares=[0, .5], seeds=[0], warmup=5, progress=False)
+    run_split_shares(toy, MIX, [TINY], **kw); alone = split_outcomes(read_runs(tmp_path), 120*PER)
+    run_split_shares(toy, dict(prose=.2, code=.4, tables=.4), [TINY], **kw); both = split_outcomes(read_runs(tmp_path), 120*PER)
+    assert len(both) == 4 and set(alone["gain"]) < set(both["gain"])
+    with pytest.raises(DataError, match="folder of its own"): run_split_shares(found := cluster_corpus(toy, 3, most=512), found.natural.to_dict(), [TINY], **kw)
+    with pytest.raises(DataError, match="cool=0"): run_split_shares(toy, MIX, [TINY], cool=PER, **kw)
+    third = split_outcomes(read_runs(tmp_path), 120*PER, weights=dict.fromkeys(MIX, 1/3)); assert (third["share"] > 0).sum() == 2
+    run_split_shares(toy, MIX, [TINY], groups=dict(a="prose", b=["code", "tables"]), **kw); run_split_shares(toy, MIX, [TINY], groups=dict(a="code", b=["prose", "tables"]), **kw)
+    with pytest.raises(DataError, match="one mixture for group"): split_outcomes(read_runs(tmp_path), 120*PER, groups=["a", "b"])
+
+
+def test_diverged_training_is_no_result(toy):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataError, match="diverged"): train_split(toy, MIX, TINY.replace(lr=1e6), tokens=60*PER, share=.5, warmup=1, progress=False)
+
+
+def test_clusters_travel_to_other_processes(toy):
+    import pickle
+    found = cluster_corpus(toy, 3, most=512); again = pickle.loads(pickle.dumps(found))
+    assert again.hash == found.hash and again.decode([104, 105]) == "hi" and (again.tokens(found.domains[0]) == found.tokens(found.domains[0])).all()
+
+
+def test_replayed_text_is_not_fresh(toy, trunk):
+    p = train_branches(trunk, 40*PER, [0, 20*PER], groups={"prose": "prose"}, replay=.5, progress=False)["prose"]
+    assert p.row["unique_tokens"] < p.row["tokens"] - .1*20*PER
+
+
 def test_tampered_system_is_refused(toy, tmp_path):
     s = train_split(toy, MIX, TINY, tokens=60*PER, share=.5, warmup=5, progress=False); s.save(tmp_path)
     about = json.loads((tmp_path/"split.json").read_text()); a, b = list(about["files"])[:2]
@@ -200,6 +236,11 @@ def test_a_law_that_the_rows_cannot_tell_is_left_out():
     (lambda t, k: paired_interval([1., np.inf]), "finite differences"),
     (lambda t, k: split_rows(pd.DataFrame(dict(run=["a"]))), "run_split_grid"),
     (lambda t, k: fit_split_laws([1, 2]), "split_rows"),
+    (lambda t, k: fit_split_laws(planted_runs("split-product", PLANTED["split-product"], DESIGN).assign(domain="x"), []), "at least one law"),
+    (lambda t, k: fit_split_laws(planted_runs("split-product", PLANTED["split-product"], DESIGN).assign(domain=None)), "some without a domain"),
+    (lambda t, k: fit_split_laws(planted_runs("split-product", PLANTED["split-product"], DESIGN).assign(domain="x", loss="two")), "finite"),
+    (lambda t, k: fit_split_laws(planted_runs("split-product", PLANTED["split-product"], DESIGN).assign(domain="x", parent="p"), bootstrap=10), "6 trunks"),
+    (lambda t, k: run_split_grid(t, MIX, [TINY], path="nowhere", trunk_tokens=[PER], split_tokens=[0, PER], replay=[1.5], dry=True), "below 1"),
     (lambda t, k: cluster_corpus(t, 3, by="label"), "finds domains"),
     (lambda t, k: cluster_corpus(t, 100_000), "expected"),
     (lambda t, k: average_power(0.), "plain mean"),
