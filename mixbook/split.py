@@ -126,10 +126,10 @@ def train_checkpoints(
     "Train the trunk at a constant rate and keep its state at each of `tokens`; raises `DataError` on a bad mixture or on numbers that are no whole steps."
     w, config = _check_trunk(corpus, weights, config, warmup); todo = whole_steps_of(tokens, config); per = config.batch*config.seq_len
     run, states, rows = _trunk_id(corpus, w, config, seed, warmup, average), {}, []
-    have = {} if folder is None else {k: v for k, v in _saved_states(folder, run, per).items() if k//per <= max(todo)}
+    have = {} if folder is None else _saved_states(folder, run, per); first = min([a for a in todo if a*per not in have], default=max(todo))  # nothing before it must be trained
     t = _ConstantTraining(corpus, [w], config, seed, warmup, average=average, device=device); start = time.perf_counter()
-    if have:
-        best = max(have); states = {k: s for k, (s, _) in have.items() if k//per in todo}; rows = [r for k, (_, r) in sorted(have.items()) if r and k//per in todo]
+    if best := max([k for k in have if k//per <= first], default=0):
+        states = {k: s for k, (s, _) in have.items() if k//per in todo}; rows = [r for k, (_, r) in sorted(have.items()) if r and k//per in todo]
         for k in _STATE: getattr(t, k).data.copy_(have[best][0][k])
         t.step = best//per
     with one_thread(), tqdm(total=max(todo), initial=t.step, desc="trunk", unit="step", disable=not progress, leave=False) as bar:
@@ -141,7 +141,7 @@ def train_checkpoints(
                 if folder is not None: _keep_state(Path(folder)/f"{run}-{t.step}.safetensors", s, row)
             if t.step >= max(todo): break
             t.advance(); bar.update()
-    return Trunk(corpus, w, config, seed, warmup, average, run, dict(sorted(states.items())), pd.DataFrame(rows), time.perf_counter() - start)
+    return Trunk(corpus, w, config, seed, warmup, average, run, dict(sorted(states.items())), pd.DataFrame(sorted(rows, key=lambda r: r["step"])), time.perf_counter() - start)
 
 # %% ../nbs/09_split.ipynb #99131c92
 _STATE = ("flat", "mean", "m", "v")

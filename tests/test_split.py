@@ -67,6 +67,12 @@ def test_states_come_back_and_damage_is_told(toy, tmp_path):
     b = train_checkpoints(toy, MIX, TINY, [10*PER, 20*PER], warmup=5, folder=tmp_path, progress=False)
     c = train_checkpoints(toy, MIX, TINY, [20*PER], warmup=5, progress=False)
     assert torch.equal(b.states[20*PER]["mean"], c.states[20*PER]["mean"]) and torch.equal(a.states[10*PER]["m"], b.states[10*PER]["m"])
+    between = train_checkpoints(toy, MIX, TINY, [5*PER, 20*PER, 25*PER], warmup=5, folder=tmp_path, progress=False)  # one earlier than those on disk, one later
+    fresh = train_checkpoints(toy, MIX, TINY, [5*PER, 20*PER, 25*PER], warmup=5, progress=False)
+    assert list(between.states) == list(fresh.states) == [5*PER, 20*PER, 25*PER] and all(torch.equal(between.states[k]["flat"], fresh.states[k]["flat"]) for k in fresh.states)
+    assert between.curve["tokens"].tolist() == fresh.curve["tokens"].tolist() and (losses(between.curve) == losses(fresh.curve)).all()
+    mixed = train_checkpoints(toy, MIX, TINY, [15*PER, 20*PER, 22*PER], warmup=5, folder=tmp_path, progress=False); assert mixed.curve["tokens"].tolist() == list(mixed.states) == [15*PER, 20*PER, 22*PER]
+    later = train_checkpoints(toy, MIX, TINY, [30*PER], warmup=5, folder=tmp_path, progress=False); assert list(later.states) == [30*PER]
     file = next(tmp_path.glob("*-10.safetensors")); file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DataError, match="Delete the file"): train_checkpoints(toy, MIX, TINY, [10*PER], warmup=5, folder=tmp_path, progress=False)
 
