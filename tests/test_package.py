@@ -264,7 +264,7 @@ def test_random_damage_is_never_more_than_an_error_of_ours(copy, package):
             run(p)
             outcomes.add("fine")
         except MixbookError as e: outcomes.add(type(e).__name__)
-    assert outcomes >= {"fine", "DataError", "UnsupportedError"}
+    assert {"fine", "DataError"} <= outcomes <= {"fine", "DataError", "UnsupportedError"}  # which bytes name an operation differs between conversions
 
 
 def test_damaged_weights_are_read_as_they_are_or_refused(copy, package):
