@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from .core import DataError, one_of, read_runs, run_id, write_runs, _write_bytes
 from .decoder import ProxyConfig, flops_per_token
 from .proxy import Proxy, _results, _rows, _stepped, _Training, adamw, load_proxy, one_thread, save_proxy, step_seconds
-from .stream import check_mixture
+from .recipe import _t_interval
+from .stream import Stream, check_mixture
 from .sweep import WorkerPool
 
 # %% ../nbs/09_split.ipynb #35f6ea0c
@@ -174,6 +175,9 @@ def split_groups(
     return out.div(out.sum(axis=1), axis=0)
 
 # %% ../nbs/09_split.ipynb #f77b8cd9
+def _check_replay(replay):
+    if not 0 <= replay < 1: raise DataError(f"expected `replay` from 0 to below 1, found {replay}. It is a share of the branch's tokens.")
+
 def _branch_mixture(group, weights, replay):
     return (1 - replay)*group + replay*weights
 
@@ -183,10 +187,10 @@ def _first_step(trunk, stream, group, step): # of the branch's stream: the first
     while (stream.counts(at)["tokens"][own] < read).any(): at += 1
     return at
 
-def _check_passes(trunk, group, D, longest, replay, most, name):
+def _check_passes(corpus, weights, group, D, longest, replay, most, name):
     "Raise `DataError` where a domain would be read too often."
     for d in group.index[group > 0]:
-        n = len(trunk.corpus.tokens(d, "train")); passes = (D*trunk.weights[d] + longest*((1 - replay)*group[d] + replay*trunk.weights[d]))/max(1, n)
+        n = len(corpus.tokens(d, "train")); passes = (D*weights[d] + longest*_branch_mixture(group, weights, replay)[d])/max(1, n)
         if passes > most: raise DataError(f"domain {d!r} of specialist {name!r} holds {n:,} training tokens; a trunk of {D:,} and a branch of {longest:,} tokens would read it {passes:.1f} times, expected at most {most:g}. Shorten the branch, gather more text, or raise `passes`.")
 
 # %% ../nbs/09_split.ipynb #c1578536
@@ -201,9 +205,9 @@ def _branch_rows(t, trunk, D, G, ids, replay):
         yield row | dict(run=ids[i], step=at + t.step, tokens=(at + t.step)*per, split_tokens=t.step*per, flops=flops_per_token(trunk.config)*(at + t.step)*per,
                          parent=trunk.run, domain=names[i], replay=float(replay), cool=int(t.cool*per), unique_tokens=int((np.minimum(fresh, size)*s.seq_len).sum()), **{f"passes/{d}": float(read[d]/size[d]) for d in own.index})
 
-def _branch_id(trunk, D, mixture, name, end, cool):
+def _branch_id(run, D, mixture, name, end, cool):
     w = {d: round(float(v), 12) for d, v in mixture.items() if v > 0}
-    return run_id({"branch": 1, "trunk": trunk.run, "from": int(D), "weights": w, "name": name} | ({"end": int(end), "cool": int(cool)} if cool else {}))
+    return run_id({"branch": 1, "trunk": run, "from": int(D), "weights": w, "name": name} | ({"end": int(end), "cool": int(cool)} if cool else {}))
 
 # %% ../nbs/09_split.ipynb #522a00e8
 def train_branches(
@@ -221,11 +225,11 @@ def train_branches(
 )->dict[str, Proxy]: # Group → specialist, with its rows as `curve`
     "Train a branch for each group from one state of the trunk; raises `DataError` when the state is missing or a domain is too small."
     D, G = _state_at(trunk, start), split_groups(trunk.weights, groups); per = trunk.per_step; steps = _steps_by_group(tokens, G.index, trunk.config)
-    if not 0 <= replay < 1: raise DataError(f"expected `replay` from 0 to below 1, found {replay}. It is a share of the branch's tokens.")
+    _check_replay(replay)
     c = whole_steps_of([cool], trunk.config)[0]
     for name, g in G.iterrows():
         if c > (most := max(steps[name])): raise DataError(f"expected `cool` of at most the {most*per:,} tokens of branch {name!r}, found {cool:,}.")
-        _check_passes(trunk, g, D, most*per, replay, passes, name)
+        _check_passes(trunk.corpus, trunk.weights, g, D, most*per, replay, passes, name)
     stacked = one_of(how, ("auto", "sequential", "stacked"), what="way") == "stacked" or how == "auto" and device != "cpu" and torch.cuda.is_available()
     alike = {n: tuple(steps[n]) if stacked else n for n in G.index}; parts = [[n for n in G.index if alike[n] == k] for k in dict.fromkeys(alike.values())]; out = {}
     with one_thread(), tqdm(total=sum(max(steps[p[0]]) for p in parts), desc="branches", unit="step", disable=not progress or not any(map(max, steps.values())), leave=False) as bar:
@@ -248,9 +252,9 @@ def _train_part(trunk, D, G, steps, replay, cool, device, bar):
     "The branches of some groups, as one stack."
     mixtures = [_branch_mixture(g, trunk.weights, replay) for _, g in G.iterrows()]; at = D//trunk.per_step
     t = _ConstantTraining(trunk.corpus, mixtures, trunk.config, trunk.seed, trunk.warmup, average=0. if cool else trunk.average, before=at, state=trunk.states[D], end=max(steps), cool=cool, device=device)
-    base = _ConstantTraining(trunk.corpus, [trunk.weights], trunk.config, trunk.seed, trunk.warmup, device="cpu").streams[0]
+    base = Stream(trunk.corpus, trunk.weights, seq_len=trunk.config.seq_len, batch=trunk.config.batch, seed=trunk.seed)
     t.trunk_counts, t.first = base.counts(at), [_first_step(base, s, g, at) for s, (_, g) in zip(t.streams, G.iterrows())]
-    ids = [_branch_id(trunk, D, m, n, max(steps), cool) for n, m in zip(G.index, mixtures)]; start = time.perf_counter()
+    ids = [_branch_id(trunk.run, D, m, n, max(steps), cool) for n, m in zip(G.index, mixtures)]; start = time.perf_counter()
     while True:
         if t.step in steps:
             t.seconds = time.perf_counter() - start
@@ -273,22 +277,21 @@ class _Training_of:
     def mixtures(self): return split_groups(self.weights, self.groups)
     def check(self):
         "Raise `DataError` where a domain is too small for its branch, or replay is no share."
-        for r in self.replay:
-            if not 0 <= r < 1: raise DataError(f"expected `replay` from 0 to below 1, found {r}. It is a share of the branch's tokens.")
-        t = Trunk(self.corpus, self.weights, self.config, self.seed, self.warmup, self.average, "", {}, pd.DataFrame())
+        for r in self.replay: _check_replay(r)
+        G = self.mixtures
         for at, steps in self.plan.items():
-            for n, g in self.mixtures.iterrows():
-                if n in steps: _check_passes(t, g, at*self.per, max(steps[n])*self.per, min(self.replay), self.passes, n)
+            for n, g in G.iterrows():
+                if n in steps: _check_passes(self.corpus, self.weights, g, at*self.per, max(steps[n])*self.per, min(self.replay), self.passes, n)
         return self
     def missing(self, known):
         "Trunk steps at which a row is missing, and (D, replay) → group → steps of the branches that are missing."
-        t, todo = Trunk(self.corpus, self.weights, self.config, self.seed, self.warmup, self.average, self.run, {}, pd.DataFrame()), {}
+        run, G, todo = self.run, self.mixtures, {}
         for at, steps in self.plan.items():
             for r in self.replay:
-                ids = {n: _branch_id(t, at*self.per, _branch_mixture(self.mixtures.loc[n], self.weights, r), n, max(j), self.cool) for n, j in steps.items()}
+                ids = {n: _branch_id(run, at*self.per, _branch_mixture(G.loc[n], self.weights, r), n, max(j), self.cool) for n, j in steps.items()}
                 left = {n: j for n, j in steps.items() if max(j) and not all((ids[n], at + k) in known for k in j)}
                 if left: todo[at, r] = left
-        return [at for at in self.plan if at and (self.run, at) not in known], todo
+        return [at for at in self.plan if at and (run, at) not in known], todo
 
 # %% ../nbs/09_split.ipynb #ebc83bfb
 def _train_missing(o, path, progress):
@@ -458,11 +461,9 @@ def paired_interval(
     level:float=.95, # Of the interval
 )->tuple[float, float, float]: # Mean, low, high
     "Mean of paired differences with Student's interval; without bounds (NaN) from a single one."
-    from statsmodels.stats.weightstats import DescrStatsW
     x = np.asarray(values, float)
     if not len(x) or not np.isfinite(x).all(): raise DataError(f"expected finite differences, one for each seed, found {x.tolist()}.")
-    if len(x) < 2: return float(x.mean()), float("nan"), float("nan")
-    return (float(x.mean()), *map(float, DescrStatsW(x).tconfint_mean(1 - level)))
+    return _t_interval(x, level)
 
 # %% ../nbs/09_split.ipynb #c0cc4f20
 @dataclasses.dataclass(frozen=True, eq=False)

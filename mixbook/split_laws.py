@@ -16,7 +16,7 @@ from .core import DataError, ExtrapolationWarning, FitError, FitWarning, one_of
 from .formula import law_forms
 from .laws import fit_law
 from .plan import Plan
-from .split_budget import allocate_split, split_share
+from .split_budget import allocate_split
 from . import stage_laws
 
 # %% ../nbs/09b_split_laws.ipynb #328fc5db
